@@ -1,0 +1,154 @@
+"""What a measurement, a unit and a job give back, as pydantic models (torch-free).
+
+The same models are stored by the queue, sent over HTTP, written by the command line and read
+by the charts. Fields are only ever added. A quantity without an answer is `None` beside an
+`outcome` that says why; it is never a made-up number.
+"""
+
+import datetime as dt
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from probe.line_search import SearchOutcome
+
+LossBatch = Literal["update", "held_out"]
+MomentsSource = Literal["checkpoint", "warmup", "none"]
+
+
+class _Result(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class CheckpointRef(_Result):
+    """One checkpoint: where it is and which training step it was saved at."""
+
+    source: Literal["local", "hub", "gguf"]
+    location: str = Field(description="Directory, GGUF file, or hub repository id.")
+    revision: str | None = Field(None, description="Hub revision; None for local files.")
+    step: int | None = Field(None, description="Training step, None where a single one has none.")
+    num_tokens: int | None = Field(None, description="Tokens seen, where the source says so.")
+    format: str | None = Field(None, description="safetensors, safetensors-index or gguf.")
+    has_moments: bool | None = Field(None, description="AdamW moments present; None: not known.")
+    size_bytes: int | None = Field(None, description="Bytes on disk, where known.")
+
+    @property
+    def label(self) -> str:
+        """A short name for tables and axes: the step where there is one."""
+        if self.step is not None:
+            return f"step {self.step}"
+        return self.revision or self.location.rstrip("/").rsplit("/", 1)[-1]
+
+
+class Unit(_Result):
+    """What is measured, recorded and resumed as a whole."""
+
+    index: int = Field(ge=0)
+    unit_id: str = Field(description="Stable inside its job, for example `0003-step-120`.")
+    checkpoint: CheckpointRef
+    learning_rate: float | None = Field(
+        None, description="Learning rate the run used at this step, where the spec tells it."
+    )
+
+
+class Measurement(_Result):
+    """One line search: one update direction, one loss batch."""
+
+    repeat: int = Field(ge=0)
+    loss_batch: LossBatch = Field(description="Which batch the loss was taken on.")
+    outcome: SearchOutcome
+    eta_c: float | None
+    eta_lower: float
+    eta_upper: float | None = Field(description="None: no eta tried raised the loss.")
+    eta_interpolated: float | None
+    lambda_c: float | None = Field(description="Critical sharpness 2 / eta_c, in 1 / eta.")
+    loss_at_zero: float = Field(description="Nats per token.")
+    slope: float | None = Field(description="dL/d eta at 0 = -delta.g of this loss batch.")
+    num_forward_passes: int
+    num_extra_sign_changes: int
+    trials: list[tuple[float, float | None]] = Field(
+        description="(eta, loss) in the order tried; None: the loss was not finite."
+    )
+    loss_resolution: float = Field(
+        description="Smallest loss difference that means anything here, nats per token."
+    )
+    update_batch_sha256: str = Field(description="Tokens of the batch that made the gradient.")
+    loss_batch_sha256: str = Field(description="Tokens of the batch the loss was taken on.")
+    duration_s: float
+
+
+class Summary(_Result):
+    """All repeats of one loss batch at one checkpoint."""
+
+    loss_batch: LossBatch
+    num_repeats: int
+    num_converged: int
+    lambda_c_mean: float | None = Field(description="Mean over converged repeats; None if none.")
+    lambda_c_standard_error: float | None = Field(description="None below two converged repeats.")
+    lambda_c_values: list[float | None] = Field(description="One per repeat, None = no answer.")
+    lambda_c_lower: float | None = Field(
+        description="2 / largest eta_upper over converged repeats: the brackets' lower end."
+    )
+    lambda_c_upper: float | None = Field(
+        description="2 / smallest eta_lower over converged repeats: the brackets' upper end."
+    )
+    loss_mean: float
+    outcomes: dict[str, int] = Field(description="How many repeats ended in each outcome.")
+    num_forward_passes: int
+
+
+class Provenance(_Result):
+    """Everything needed to say where a number came from."""
+
+    spec_sha256: str
+    versions: dict[str, str] = Field(description="python, probe, torch, transformers, ...")
+    git_commit: str | None
+    device: str = Field(description="For example `cpu (2 threads)` or the GPU's name.")
+    dtype: str
+    backend: Literal["single"] = "single"
+    num_ranks: int = 1
+    attention: str = Field(description="Kernel in use: sdpa, eager or flash_attention_2.")
+    moments: MomentsSource
+    moments_detail: str = Field(description="One sentence: where the moments came from.")
+    num_parameters: int
+    hostname: str
+    started_at: dt.datetime
+    finished_at: dt.datetime
+
+
+class UnitResult(_Result):
+    """The result of one unit of a `checkpoint_series` job."""
+
+    unit: Unit
+    spec: dict[str, Any] = Field(description="The resolved job spec.")
+    measurements: list[Measurement]
+    summaries: list[Summary]
+    stability_threshold: float | None = Field(
+        None, description="2 / learning_rate, the line lambda_c is compared with."
+    )
+    num_forward_passes: int
+    num_backward_passes: int
+    duration_s: float
+    memory_bytes: int = Field(description="Peak: device memory on a GPU, resident set on a CPU.")
+    provenance: Provenance
+
+    @property
+    def has_every_answer(self) -> bool:
+        """Whether every measurement converged."""
+        return all(m.outcome is SearchOutcome.CONVERGED for m in self.measurements)
+
+
+class Plan(_Result):
+    """What a job would do, worked out before anything is queued."""
+
+    kind: str
+    spec: dict[str, Any]
+    spec_sha256: str
+    units: list[Unit]
+    num_forward_passes: int = Field(description="Expected in all, for the chosen search.")
+    max_forward_passes: int = Field(description="Upper limit in all.")
+    num_backward_passes: int
+    num_tokens_per_pass: int
+    num_parameters: int | None = Field(None, description="None where no config is at hand.")
+    memory_bytes: int | None = Field(None, description="Expected peak of weights and buffers.")
+    notes: list[str] = Field(default_factory=list, description="What could not be known offline.")

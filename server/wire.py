@@ -1,0 +1,135 @@
+"""Wire types of `/v1`: what the server sends and the client reads. Only ever added to."""
+
+import datetime as dt
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from probe.result import CheckpointRef, UnitResult
+
+JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+TERMINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+
+EventType = Literal[
+    "job.queued",
+    "job.running",
+    "unit.started",
+    "unit.progress",
+    "unit.retrying",
+    "unit.finished",
+    "job.succeeded",
+    "job.failed",
+    "job.cancelled",
+]
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class FieldProblem(_Wire):
+    """One thing wrong with the input."""
+
+    field: str = Field(description="Dotted path: batches.sources.0.paths.")
+    message: str
+
+
+class Problem(_Wire):
+    """An error, as RFC 9457 problem+json."""
+
+    type: str = Field("about:blank", description="URI of the problem type.")
+    title: str
+    status: int
+    detail: str = Field(description="What was wrong, what was found, what to do.")
+    code: str = Field(description="Stable, for programs: `ProbeError.code` or `not_found`, ...")
+    errors: list[FieldProblem] = Field(default_factory=list)
+
+
+class JobError(_Wire):
+    """Why a job failed."""
+
+    code: str
+    message: str
+    unit_id: str | None = None
+
+
+class JobView(_Wire):
+    """One job as it stands now."""
+
+    object: Literal["job"] = "job"
+    id: str
+    kind: str
+    name: str
+    labels: dict[str, str]
+    status: JobStatus
+    created_at: dt.datetime
+    started_at: dt.datetime | None = None
+    finished_at: dt.datetime | None = None
+    num_units: int
+    num_units_finished: int
+    num_units_without_answer: int = Field(
+        description="Finished units in which some measurement has no eta_c."
+    )
+    num_forward_passes: int = Field(description="Spent so far by finished units.")
+    expected_forward_passes: int = Field(description="Of the whole job, from its plan.")
+    error: JobError | None = None
+    spec: dict[str, Any]
+    spec_sha256: str
+
+
+class JobList(_Wire):
+    """A page of jobs, newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[JobView]
+    has_more: bool
+
+
+class ResultList(_Wire):
+    """Results of a job's finished units, in unit order."""
+
+    object: Literal["list"] = "list"
+    job_id: str
+    status: JobStatus
+    data: list[UnitResult]
+
+
+class Event(_Wire):
+    """Something that happened to a job. `id` counts from 1 within the job, without gaps."""
+
+    id: int
+    type: EventType
+    at: dt.datetime
+    data: dict[str, Any] = Field(
+        description="unit.*: unit_id, index. unit.progress also: phase (load, moments, gradient, "
+        "search), done, total, num_forward_passes. unit.finished: summary rows. "
+        "unit.retrying, job.failed: code, message."
+    )
+
+
+class CheckpointList(_Wire):
+    """Checkpoints a series spec stands for, in order."""
+
+    object: Literal["list"] = "list"
+    data: list[CheckpointRef]
+
+
+class WorkerView(_Wire):
+    """A worker process that has reported to this database."""
+
+    name: str
+    hostname: str
+    pid: int
+    queues: list[str]
+    device: str
+    started_at: dt.datetime
+    last_heartbeat: dt.datetime
+    alive: bool
+    current_job_ids: list[str] = Field(default_factory=list)
+
+
+class WorkerList(_Wire):
+    """Workers, most recent heartbeat first."""
+
+    object: Literal["list"] = "list"
+    data: list[WorkerView]
