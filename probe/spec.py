@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 
 class _Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # strict: `repeats: yes` or "4" is an error, not 1 or 4.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class LocalCheckpoints(_Spec):
@@ -83,7 +84,7 @@ class AdamW(_Spec):
 
     name: Literal["adamw"] = "adamw"
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.95), description="Decay rates of the two moments; OLMo-2: 0.9, 0.95."
+        (0.9, 0.95), strict=False, description="Decay rates of the two moments; OLMo-2: 0.9, 0.95."
     )
     eps: float = Field(1e-8, gt=0, le=1, description="Added to sqrt(vhat).")
     weight_decay: float = Field(0.1, ge=0, le=10, description="Decoupled; OLMo-2: 0.1.")

@@ -1,0 +1,149 @@
+"""What a job would do, worked out before anything is queued (torch-free).
+
+A spec expands into an ordered list of units; the list is stored with the job, so a resumed job
+measures the same checkpoints even if the directory has changed since.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from probe.result import CheckpointRef, Plan, Unit
+from probe.schedule import learning_rate_at
+from probe.series import list_checkpoints
+from probe.spec import AdamW, CheckpointSeriesSpec
+from probe.spec_load import resolved, spec_sha256
+
+# Typical passes of one search once its first guess is good; the benchmark `passes.py` measures
+# them. The L(0) of a search is counted apart.
+_TYPICAL_PASSES = {"interpolate": 3, "bisect": 6}
+_FP32_BYTES = 4
+
+
+def expand_units(spec: CheckpointSeriesSpec) -> list[Unit]:
+    """The units of a job in the order they are measured: one checkpoint each.
+
+    Raises:
+        CheckpointError: No checkpoint matches, or a series holds one without a step.
+        CheckpointUnavailableError: The hub is needed to list revisions and did not answer.
+    """
+    return [
+        Unit(
+            index=index,
+            unit_id=_unit_id(index, checkpoint),
+            checkpoint=checkpoint,
+            learning_rate=learning_rate_at(spec.schedule, checkpoint.step),
+        )
+        for index, checkpoint in enumerate(list_checkpoints(spec.checkpoints))
+    ]
+
+
+def make_plan(spec: CheckpointSeriesSpec) -> Plan:
+    """Units, passes, tokens and memory a job would take; queues and loads nothing.
+
+    Raises:
+        CheckpointError: As `expand_units`.
+    """
+    units = expand_units(spec)
+    options = spec.measurement
+    loss_batches = 2 if options.loss_batch == "both" else 1
+    searches = loss_batches * options.repeats
+    # Beside the search: L(0) once per update batch and once for the held-out batch, and one
+    # more evaluation of eta = 0 per loss batch for the loss resolution.
+    at_zero = (options.repeats if options.loss_batch != "held_out" else 0) + (
+        1 if options.loss_batch != "update" else 0
+    )
+    per_unit = searches * _TYPICAL_PASSES[options.search] + at_zero + loss_batches
+    at_most = searches * options.max_forward_passes + at_zero + loss_batches
+    num_parameters, notes = _num_parameters(units)
+    return Plan(
+        kind=spec.kind,
+        spec=resolved(spec),
+        spec_sha256=spec_sha256(spec),
+        units=units,
+        num_forward_passes=per_unit * len(units),
+        max_forward_passes=at_most * len(units),
+        num_backward_passes=_backward_passes(spec, units),
+        num_tokens_per_pass=spec.batches.sequence_length
+        * max(spec.batches.batch_sequences, spec.batches.held_out_sequences or 0),
+        num_parameters=num_parameters,
+        memory_bytes=_memory_bytes(spec, num_parameters),
+        notes=notes + _moment_notes(spec, units),
+    )
+
+
+def _unit_id(index: int, checkpoint: CheckpointRef) -> str:
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", checkpoint.label).strip("-") or "checkpoint"
+    return f"{index:04d}-{label[:64]}"
+
+
+def _backward_passes(spec: CheckpointSeriesSpec, units: list[Unit]) -> int:
+    held_out = 1 if spec.measurement.loss_batch != "update" else 0
+    total = 0
+    for unit in units:
+        total += spec.measurement.repeats + held_out
+        optimizer = spec.optimizer
+        if isinstance(optimizer, AdamW) and (
+            optimizer.moments == "warmup"
+            or (optimizer.moments == "auto" and not unit.checkpoint.has_moments)
+        ):
+            total += optimizer.warmup_steps
+    return total
+
+
+def _moment_notes(spec: CheckpointSeriesSpec, units: list[Unit]) -> list[str]:
+    if not isinstance(spec.optimizer, AdamW) or spec.optimizer.moments == "warmup":
+        return []
+    unknown = sum(unit.checkpoint.has_moments is None for unit in units)
+    absent = sum(unit.checkpoint.has_moments is False for unit in units)
+    notes = []
+    if unknown:
+        notes.append(
+            f"whether {unknown} of {len(units)} checkpoints hold optimizer state is known only "
+            "once they are fetched; backward passes assume they do not"
+        )
+    if absent and spec.optimizer.moments == "checkpoint":
+        notes.append(
+            f"{absent} of {len(units)} checkpoints hold no optimizer state, and "
+            "optimizer.moments is 'checkpoint': those units will fail"
+        )
+    return notes
+
+
+def _num_parameters(units: list[Unit]) -> tuple[int | None, list[str]]:
+    """Parameter count from the first local checkpoint's safetensors headers, where there is one."""
+    first = units[0].checkpoint
+    if first.source != "local":
+        return None, ["the model's size is not known before it is fetched"]
+    total = 0
+    for file in sorted(Path(first.location).glob("*.safetensors")):
+        for name, shape in _header_shapes(file).items():
+            if not name.endswith((".exp_avg", ".exp_avg_sq", ".step")):
+                count = 1
+                for dim in shape:
+                    count *= dim
+                total += count
+    return (total or None), []
+
+
+def _header_shapes(file: Path) -> dict[str, list[int]]:
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        if size > file.stat().st_size:  # a truncated or foreign file: its unit reports it
+            return {}
+        header = json.loads(stream.read(size))
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+
+
+def _memory_bytes(spec: CheckpointSeriesSpec, num_parameters: int | None) -> int | None:
+    """Weights and buffers at the peak, activations left out.
+
+    Live weights in the run's dtype, and in fp32: the base, the direction, the gradient, two
+    moments for AdamW, and the held-out gradient where there is one.
+    """
+    if num_parameters is None:
+        return None
+    live = _FP32_BYTES if spec.model.dtype == "float32" else 2
+    buffers = 3 + (2 if isinstance(spec.optimizer, AdamW) else 0)
+    buffers += 1 if spec.measurement.loss_batch != "update" else 0
+    return num_parameters * (live + buffers * _FP32_BYTES)

@@ -1,0 +1,201 @@
+"""Read, check, resolve and hash job specs: YAML files, HTTP bodies and `--set a.b=c` (torch-free).
+
+What pydantic reports is turned into messages a person can act on: the dotted field, what was
+found, and for an unknown key the nearest valid one.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from probe.errors import ConfigError
+from probe.spec import KINDS, JobSpec
+
+# Discriminator tags that pydantic puts into error locations; they are not keys of the spec.
+_TAGS = frozenset({"local", "hub", "gguf", "adamw", "sgd", "files", "text", "question_answer"})
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+class SpecError(ConfigError):
+    """A job spec is wrong; `problems` lists every field with what is wrong and what to do."""
+
+    def __init__(self, problems: Sequence[dict[str, str]]) -> None:
+        """Join the problems into one message, a line each."""
+        self.problems = list(problems)
+        super().__init__("\n".join(f"{p['field']}: {p['message']}" for p in self.problems))
+
+
+class _SpecLoader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-3` as text and lets a repeated key win silently; here neither happens."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str | int | float | bool) and key in seen:
+                line = key_node.start_mark.line + 1
+                raise SpecError([{"field": str(key), "message": f"given twice (line {line})"}])
+            if isinstance(key, str | int | float | bool):
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_SpecLoader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+
+
+def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> JobSpec:
+    """A checked job spec from a YAML (or JSON) file, with `a.b=c` overrides applied on top.
+
+    Args:
+        path: The file. Relative checkpoint and data paths in it mean the current directory.
+        overrides: `dotted.key=value`; the value is read as YAML, a number indexes a list.
+
+    Raises:
+        SpecError: The file is not YAML, or a field is unknown, missing or out of range.
+        ConfigError: The file cannot be read, or an override is not `key=value`.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read job file {str(path)!r}: {error}") from error
+    try:
+        raw = yaml.load(text, _SpecLoader)  # SafeLoader underneath: builds plain values only
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a mapping with `kind:`, found {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_spec(raw)
+
+
+def parse_spec(raw: Any) -> JobSpec:
+    """A checked job spec from plain values, as JSON or YAML gives them.
+
+    Raises:
+        SpecError: Every problem found, each with its field.
+    """
+    if not isinstance(raw, Mapping):
+        raise SpecError(
+            [{"field": "(spec)", "message": f"must be a mapping, found {type(raw).__name__}"}]
+        )
+    kind = raw.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        found = "missing" if kind is None else f"unknown kind {kind!r}"
+        hint = _nearest(str(kind), KINDS)
+        choices = ", ".join(sorted(KINDS))
+        raise SpecError([{"field": "kind", "message": f"{found}{hint}; choose from: {choices}"}])
+    try:
+        return KINDS[kind].model_validate(raw)
+    except ValidationError as error:
+        raise SpecError([_problem(KINDS[kind], e) for e in error.errors()]) from None
+
+
+def resolved(spec: JobSpec) -> dict[str, Any]:
+    """The spec with every default filled in, as plain JSON values."""
+    return spec.model_dump(mode="json")
+
+
+def spec_sha256(spec: JobSpec) -> str:
+    """Hash of the resolved spec: equal for two files that mean the same measurement.
+
+    The name and the labels are for people and left out.
+    """
+    values = resolved(spec)
+    for field in ("name", "labels"):
+        values.pop(field, None)
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _problem(model: type[BaseModel], error: Any) -> dict[str, str]:
+    path = [part for part in error["loc"] if part not in _TAGS or isinstance(part, int)]
+    field = ".".join(str(part) for part in path) or "(spec)"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        siblings = _keys_beside(model, path)
+        message = f"unknown key{_nearest(str(path[-1]), siblings)}"
+        if siblings:
+            message += f"; valid keys: {', '.join(sorted(siblings))}"
+    elif error["type"] == "union_tag_not_found":
+        message = _missing_tag(model, path, str(error["ctx"]["discriminator"]).strip("'"))
+    elif error["type"] == "missing":
+        message = "is required"
+    elif not isinstance(error["input"], dict | list):
+        shown = repr(error["input"])
+        message += f" (found {shown if len(shown) <= 80 else shown[:77] + '...'})"
+    return {"field": field, "message": message}
+
+
+def _nearest(word: str, choices: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _missing_tag(model: type[BaseModel], path: Sequence[str | int], tag: str) -> str:
+    choices = {
+        choice
+        for m in _models_at(model, path)
+        if tag in m.model_fields
+        for choice in get_args(m.model_fields[tag].annotation)
+    }
+    return f"needs {tag!r}; choose from: {', '.join(sorted(choices))}"
+
+
+def _keys_beside(model: type[BaseModel], path: Sequence[str | int]) -> set[str]:
+    """Valid keys of the mapping that holds the last element of `path`."""
+    return {name for m in _models_at(model, path[:-1]) for name in m.model_fields}
+
+
+def _models_at(model: type[BaseModel], path: Sequence[str | int]) -> set[type[BaseModel]]:
+    models = {model}
+    for part in path:
+        if not isinstance(part, int):
+            fields = [m.model_fields[part] for m in models if part in m.model_fields]
+            models = {inner for field in fields for inner in _models_in(field.annotation)}
+    return models
+
+
+def _models_in(annotation: Any) -> set[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {annotation}
+    return {inner for part in get_args(annotation) for inner in _models_in(part)}
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set needs key=value, got {override!r}; for example a.b=1e-3")
+    try:
+        value = yaml.load(text, _SpecLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: {text!r} is not a YAML value: {error}") from error
+    *parents, last = key.split(".")
+    place: Any = raw
+    for depth, part in enumerate(parents):
+        below: Any = {}
+        if isinstance(place, list):
+            place = place[_list_index(place, part, key)]
+        elif isinstance(place, dict):
+            below = place.setdefault(part, {})
+            if not isinstance(below, dict | list):
+                where = ".".join(parents[: depth + 1])
+                raise ConfigError(f"--set {key}: {where} is {below!r}, not a mapping or list")
+            place = below
+    if isinstance(place, list):
+        place[_list_index(place, last, key)] = value
+    else:
+        place[last] = value
+
+
+def _list_index(values: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(values):
+        raise ConfigError(f"--set {key}: {part!r} is not an index into a list of {len(values)}")
+    return int(part)
