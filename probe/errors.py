@@ -66,6 +66,12 @@ class UnitCrashedError(ProbeError):
     retryable = True
 
 
+class OutOfMemoryError(ProbeError):
+    """A measurement did not fit into memory; trying again with the same spec cannot help."""
+
+    code = "out_of_memory"
+
+
 def error_class_for(code: str) -> type[ProbeError]:
     """The error class whose `code` this is; `ProbeError` for a code not known here."""
     pending: list[type[ProbeError]] = [ProbeError]

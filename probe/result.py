@@ -111,6 +111,10 @@ class Provenance(_Result):
     moments: MomentsSource
     moments_detail: str = Field(description="One sentence: where the moments came from.")
     num_parameters: int
+    memory_kind: str = Field("", description="What `memory_bytes` measures, in words.")
+    head_path: Literal["chunked", "plain"] = Field(
+        "plain", description="Output layer in blocks, or the model's own logits."
+    )
     hostname: str
     started_at: dt.datetime
     finished_at: dt.datetime
@@ -136,6 +140,18 @@ class UnitResult(_Result):
     def has_every_answer(self) -> bool:
         """Whether every measurement converged."""
         return all(m.outcome is SearchOutcome.CONVERGED for m in self.measurements)
+
+
+def eta_init_hint(result: UnitResult) -> dict[str, float] | None:
+    """First guesses for the unit after this one: the last eta_c found on each loss batch.
+
+    Taken from the recorded result and from nothing else, so that a resumed job gives the same
+    numbers as one that was never interrupted. None where no measurement has an answer.
+    """
+    found: dict[str, float] = {
+        m.loss_batch: m.eta_c for m in result.measurements if m.eta_c is not None
+    }
+    return found or None
 
 
 class Plan(_Result):
