@@ -7,8 +7,16 @@ SQLite (WAL) by default, Postgres by the same code.
 
 from typing import Any, Protocol
 
+import sqlalchemy as sa
+from sqlalchemy.exc import SQLAlchemyError
+
 from probe.result import Plan, UnitResult
-from server.wire import Event, EventType, JobView, WorkerView
+from server import queue, tables
+from server.errors import IdempotencyConflictError, StoreNotReadyError
+from server.job_ids import new_job_id
+from server.job_views import finished_data, job_view, job_views, time_of
+from server.tables import events, job_labels, jobs, unit_results, workers
+from server.wire import TERMINAL, Event, EventType, JobError, JobView, WorkerView
 
 
 class Store(Protocol):
@@ -42,13 +50,15 @@ class Store(Protocol):
     def get_plan(self, job_id: str) -> Plan | None: ...
 
     def record_unit(self, job_id: str, result: UnitResult) -> bool:
-        """Store a unit's result once; False when it was there already."""
+        """Store a unit's result once, with its `unit.finished`; False when it was there already."""
 
     def unit_results(self, job_id: str) -> list[UnitResult]: ...
 
-    def append_event(self, job_id: str, type: EventType, data: dict[str, Any]) -> Event: ...
+    def append_event(self, job_id: str, type: EventType, data: dict[str, Any]) -> Event | None:
+        """Add to a job's events; None once the job's closing event stands."""
 
-    def events_after(self, job_id: str, after: int, limit: int = 1000) -> list[Event]: ...
+    def events_after(self, job_id: str, after: int, limit: int = 1000) -> list[Event]:
+        """Events with an id above `after`, in order; a finished job's last one is `job.*ed`."""
 
     def beat(self, worker: WorkerView) -> None: ...
 
@@ -56,3 +66,329 @@ class Store(Protocol):
 
     def ready(self) -> None:
         """Raise when the database does not answer or its tables are not there."""
+
+
+class SqlStore:
+    """The `Store` on SQLite or Postgres. Making one creates what is missing in the database."""
+
+    def __init__(self, database_url: str, *, worker_stale_s: float = 30.0) -> None:
+        self.engine = queue.create_engine(database_url)
+        self._worker_stale_ms = int(worker_stale_s * 1000)
+        self._workflows = queue.workflow_status_table(self.engine)
+        self._now = tables.now_ms(self.engine)
+        tables.create_tables(self.engine)
+        self._client = queue.make_client(self.engine)
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._client.destroy()
+        self.engine.dispose()
+
+    # --- jobs
+
+    def create_job(
+        self, *, plan: Plan, idempotency_key: str | None, body_sha256: str
+    ) -> tuple[JobView, bool]:
+        job_id = new_job_id()
+        with self.engine.begin() as connection:
+            created = self._insert_job(connection, job_id, plan, idempotency_key, body_sha256)
+            if created:
+                queue.enqueue(
+                    self._client,
+                    connection,
+                    job_id=job_id,
+                    queue=queue.queue_for(plan.spec),
+                    unit_ids=[unit.unit_id for unit in plan.units],
+                )
+        if not created:
+            job_id = self._earlier_job(idempotency_key, body_sha256)
+        view = self.get_job(job_id)
+        assert view is not None
+        return view, created
+
+    def _insert_job(
+        self,
+        connection: sa.Connection,
+        job_id: str,
+        plan: Plan,
+        idempotency_key: str | None,
+        body_sha256: str,
+    ) -> bool:
+        labels: dict[str, str] = plan.spec.get("labels", {})
+        now = connection.scalar(sa.select(self._now))
+        inserted = connection.execute(
+            self._insert(jobs)
+            .values(
+                id=job_id,
+                kind=plan.kind,
+                name=plan.spec["name"],
+                labels=labels,
+                spec=plan.spec,
+                spec_sha256=plan.spec_sha256,
+                plan=plan.model_dump(mode="json"),
+                num_units=len(plan.units),
+                expected_forward_passes=plan.num_forward_passes,
+                idempotency_key=idempotency_key,
+                body_sha256=body_sha256,
+                created_at=now,
+                num_events=0,
+            )
+            .on_conflict_do_nothing(index_elements=["idempotency_key"])
+            .returning(jobs.c.id)
+        ).first()
+        if inserted is None:
+            return False
+        if labels:
+            rows = [{"job_id": job_id, "key": k, "value": v} for k, v in labels.items()]
+            connection.execute(sa.insert(job_labels), rows)
+        self._append(connection, job_id, "job.queued", {})
+        return True
+
+    def _earlier_job(self, idempotency_key: str | None, body_sha256: str) -> str:
+        query = sa.select(jobs.c.id, jobs.c.body_sha256)
+        with self.engine.connect() as connection:
+            found = connection.execute(query.where(jobs.c.idempotency_key == idempotency_key)).one()
+        if found.body_sha256 != body_sha256:
+            raise IdempotencyConflictError(
+                f"Idempotency-Key {idempotency_key!r} was used for {found.id} with another body; "
+                "send the same body again, or a new key"
+            )
+        return str(found.id)
+
+    def get_job(self, job_id: str) -> JobView | None:
+        with self.engine.connect() as connection:
+            row = connection.execute(job_views(self._workflows).where(jobs.c.id == job_id)).first()
+        return None if row is None else job_view(row)
+
+    def list_jobs(
+        self,
+        *,
+        status: str | None = None,
+        kind: str | None = None,
+        labels: dict[str, str] | None = None,
+        after: str | None = None,
+        limit: int = 50,
+    ) -> tuple[list[JobView], bool]:
+        query = job_views(self._workflows).order_by(jobs.c.id.desc()).limit(limit + 1)
+        if status is not None:
+            query = query.where(self._workflows.c.status.in_(queue.dbos_statuses(status)))
+        if kind is not None:
+            query = query.where(jobs.c.kind == kind)
+        if after is not None:
+            query = query.where(jobs.c.id < after)
+        for key, value in (labels or {}).items():
+            query = query.where(
+                sa.exists().where(
+                    job_labels.c.job_id == jobs.c.id,
+                    job_labels.c.key == key,
+                    job_labels.c.value == value,
+                )
+            )
+        with self.engine.connect() as connection:
+            rows = connection.execute(query).all()
+        return [job_view(row) for row in rows[:limit]], len(rows) > limit
+
+    def cancel_job(self, job_id: str) -> JobView | None:
+        view = self.get_job(job_id)
+        if view is None or view.status in TERMINAL:
+            return view
+        self._client.cancel_workflow(job_id)
+        self.settle(job_id)
+        return self.get_job(job_id)
+
+    def get_plan(self, job_id: str) -> Plan | None:
+        with self.engine.connect() as connection:
+            plan = connection.scalar(sa.select(jobs.c.plan).where(jobs.c.id == job_id))
+        return None if plan is None else Plan.model_validate(plan)
+
+    def mark_running(self, job_id: str, worker: str) -> None:
+        """Note that a worker has begun with a job, for the first time or again."""
+        with self.engine.begin() as connection:
+            connection.execute(
+                sa.update(jobs)
+                .where(jobs.c.id == job_id)
+                .values(started_at=sa.func.coalesce(jobs.c.started_at, self._now))
+            )
+            self._append(connection, job_id, "job.running", {"worker": worker})
+
+    def record_error(self, job_id: str, error: JobError) -> None:
+        """Keep the last failure; it is shown once the job itself has failed."""
+        with self.engine.begin() as connection:
+            connection.execute(
+                sa.update(jobs)
+                .where(jobs.c.id == job_id)
+                .values(
+                    error_code=error.code,
+                    error_message=error.message,
+                    error_unit_id=error.unit_id,
+                )
+            )
+
+    # --- unit results
+
+    def record_unit(self, job_id: str, result: UnitResult) -> bool:
+        unit = result.unit
+        with self.engine.begin() as connection:
+            inserted = connection.execute(
+                self._insert(unit_results)
+                .values(
+                    job_id=job_id,
+                    unit_index=unit.index,
+                    has_every_answer=result.has_every_answer,
+                    num_forward_passes=result.num_forward_passes,
+                    recorded_at=self._now,
+                    result=result.model_dump(mode="json"),
+                )
+                .on_conflict_do_nothing()
+                .returning(unit_results.c.unit_index)
+            ).first()
+            if inserted is None:
+                return False
+            connection.execute(
+                sa.update(jobs)
+                .where(jobs.c.id == job_id)
+                .values(error_code=None, error_message=None, error_unit_id=None)
+            )
+            # Only a job that dies again and again without finishing a unit is a crash loop.
+            connection.execute(
+                sa.update(self._workflows)
+                .where(self._workflows.c.workflow_uuid == job_id)
+                .where(self._workflows.c.recovery_attempts > 1)
+                .values(recovery_attempts=1)
+            )
+            self._append(connection, job_id, "unit.finished", finished_data(result))
+        return True
+
+    def unit_result(self, job_id: str, unit_index: int) -> UnitResult | None:
+        """One unit's recorded result."""
+        query = sa.select(unit_results.c.result).where(
+            unit_results.c.job_id == job_id, unit_results.c.unit_index == unit_index
+        )
+        with self.engine.connect() as connection:
+            found = connection.scalar(query)
+        return None if found is None else UnitResult.model_validate(found)
+
+    def unit_results(self, job_id: str) -> list[UnitResult]:
+        query = sa.select(unit_results.c.result).where(unit_results.c.job_id == job_id)
+        with self.engine.connect() as connection:
+            found = connection.scalars(query.order_by(unit_results.c.unit_index)).all()
+        return [UnitResult.model_validate(result) for result in found]
+
+    # --- events
+
+    def append_event(self, job_id: str, type: EventType, data: dict[str, Any]) -> Event | None:
+        with self.engine.begin() as connection:
+            return self._append(connection, job_id, type, data)
+
+    def _append(
+        self, connection: sa.Connection, job_id: str, type: EventType, data: dict[str, Any]
+    ) -> Event | None:
+        # The counter's row is locked until the commit, so ids have no gaps and no duplicates;
+        # once end_event is set nothing is added, so a job ends exactly once.
+        counted: dict[str, Any] = {"num_events": jobs.c.num_events + 1}
+        if type.removeprefix("job.") in TERMINAL:
+            counted["end_event"] = type
+        row = connection.execute(
+            sa.update(jobs)
+            .where(jobs.c.id == job_id, jobs.c.end_event.is_(None))
+            .values(**counted)
+            .returning(jobs.c.num_events, self._now.label("at"))
+        ).first()
+        if row is None:
+            return None
+        event = {"seq": row.num_events, "type": type, "at": row.at, "data": data}
+        connection.execute(sa.insert(events).values(job_id=job_id, **event))
+        return Event(id=row.num_events, type=type, at=time_of(row.at), data=data)
+
+    def events_after(self, job_id: str, after: int, limit: int = 1000) -> list[Event]:
+        self.settle(job_id)
+        query = (
+            sa.select(events)
+            .where(events.c.job_id == job_id, events.c.seq > after)
+            .order_by(events.c.seq)
+            .limit(limit)
+        )
+        with self.engine.connect() as connection:
+            rows = connection.execute(query).all()
+        return [Event(id=r.seq, type=r.type, at=time_of(r.at), data=r.data) for r in rows]
+
+    def settle(self, job_id: str) -> None:
+        """Write a job's closing event if DBOS says that it has ended and none is there.
+
+        The event follows the state, never the other way round, so a crash between the two only
+        delays it until somebody looks.
+        """
+        query = job_views(self._workflows).where(jobs.c.id == job_id, jobs.c.end_event.is_(None))
+        ended = [s for word in TERMINAL for s in queue.dbos_statuses(word)]
+        with self.engine.connect() as connection:
+            row = connection.execute(query.where(self._workflows.c.status.in_(ended))).first()
+        if row is None:
+            return
+        view = job_view(row)
+        data: dict[str, Any] = {"num_units_finished": view.num_units_finished}
+        if view.error is not None:
+            data |= view.error.model_dump()
+        types: dict[str, EventType] = {
+            "succeeded": "job.succeeded",
+            "failed": "job.failed",
+            "cancelled": "job.cancelled",
+        }
+        self.append_event(job_id, types[view.status], data)
+
+    def settle_all(self) -> None:
+        """`settle` every job whose closing event is missing."""
+        ended = [s for word in TERMINAL for s in queue.dbos_statuses(word)]
+        query = (
+            sa.select(jobs.c.id)
+            .join(self._workflows, self._workflows.c.workflow_uuid == jobs.c.id)
+            .where(jobs.c.end_event.is_(None), self._workflows.c.status.in_(ended))
+        )
+        with self.engine.connect() as connection:
+            for job_id in connection.scalars(query).all():
+                self.settle(job_id)
+
+    # --- workers
+
+    def beat(self, worker: WorkerView) -> None:
+        values = {
+            "last_heartbeat": self._now,
+            "stopped": not worker.alive,
+            "view": worker.model_dump(mode="json"),
+        }
+        statement = self._insert(workers).values(name=worker.name, **values)
+        with self.engine.begin() as connection:
+            connection.execute(
+                statement.on_conflict_do_update(index_elements=["name"], set_=values)
+            )
+
+    def list_workers(self) -> list[WorkerView]:
+        query = sa.select(workers, self._now.label("now"))
+        with self.engine.connect() as connection:
+            rows = connection.execute(query.order_by(workers.c.last_heartbeat.desc())).all()
+        return [
+            WorkerView.model_validate(
+                row.view
+                | {
+                    "last_heartbeat": time_of(row.last_heartbeat),
+                    "alive": not row.stopped
+                    and row.now - row.last_heartbeat <= self._worker_stale_ms,
+                }
+            )
+            for row in rows
+        ]
+
+    def ready(self) -> None:
+        try:
+            with self.engine.connect() as connection:
+                connection.execute(sa.select(jobs.c.id).limit(1)).first()
+                connection.execute(sa.select(self._workflows.c.status).limit(1)).first()
+        except SQLAlchemyError as error:
+            raise StoreNotReadyError(f"the database does not answer: {error}") from error
+
+    # --- queries
+
+    def _insert(self, table: sa.Table) -> Any:
+        # `on_conflict` is not part of the generic insert, only of both dialects'.
+        if queue.is_sqlite(self.engine):
+            return sa.dialects.sqlite.insert(table)
+        return sa.dialects.postgresql.insert(table)

@@ -1,0 +1,32 @@
+"""Errors of the server and the worker, beside those of `probe.errors`."""
+
+from typing import ClassVar
+
+from probe.errors import ProbeError
+
+
+class IdempotencyConflictError(ProbeError):
+    """An Idempotency-Key came again with another body."""
+
+    code = "idempotency_conflict"
+    http_status: ClassVar[int] = 422
+
+
+class StoreNotReadyError(ProbeError):
+    """The database does not answer, or its tables are not there."""
+
+    code = "store_not_ready"
+    retryable = True
+    http_status: ClassVar[int] = 503
+
+
+class StoreVersionError(ProbeError):
+    """The database was written by a newer version of this program."""
+
+    code = "store_version"
+
+
+class WorkerNameTakenError(ProbeError):
+    """Another worker on this machine already runs under this name."""
+
+    code = "worker_name_taken"

@@ -1,0 +1,85 @@
+"""How rows become what is sent: the query behind every `JobView`, and the view of one row."""
+
+import datetime as dt
+from typing import Any
+
+import sqlalchemy as sa
+
+from probe.result import UnitResult
+from server import queue
+from server.tables import jobs, unit_results
+from server.wire import JobError, JobView
+
+
+def job_views(workflows: sa.Table) -> sa.Select[Any]:
+    """Every job beside its row of DBOS's `workflow_status` and the counts of its finished units."""
+    columns = [c for c in jobs.c if c.name != "plan"]  # the largest, and not needed here
+    without_answer = sa.case((unit_results.c.has_every_answer, 0), else_=1)
+    return sa.select(
+        *columns,
+        workflows.c.status.label("dbos_status"),
+        workflows.c.completed_at.label("completed_at"),
+        workflows.c.recovery_attempts.label("recovery_attempts"),
+        _of_units(sa.func.count()).label("num_finished"),
+        _of_units(sa.func.sum(without_answer)).label("num_without_answer"),
+        _of_units(sa.func.sum(unit_results.c.num_forward_passes)).label("num_forward_passes"),
+    ).join(workflows, workflows.c.workflow_uuid == jobs.c.id)
+
+
+def _of_units(aggregate: Any) -> sa.ScalarSelect[Any]:
+    # Correlated, so only the units of the jobs on the page are read, by their key.
+    return sa.select(aggregate).where(unit_results.c.job_id == jobs.c.id).scalar_subquery()
+
+
+def time_of(ms: int) -> dt.datetime:
+    """The moment `ms` milliseconds after the epoch, UTC."""
+    return dt.datetime.fromtimestamp(ms / 1000, dt.UTC)
+
+
+def finished_data(result: UnitResult) -> dict[str, Any]:
+    """What `unit.finished` tells: enough for a table row, not every trial."""
+    return {
+        "unit_id": result.unit.unit_id,
+        "index": result.unit.index,
+        "step": result.unit.checkpoint.step,
+        "num_forward_passes": result.num_forward_passes,
+        "duration_s": result.duration_s,
+        "stability_threshold": result.stability_threshold,
+        "summaries": [summary.model_dump(mode="json") for summary in result.summaries],
+    }
+
+
+def _job_error(row: Any) -> JobError | None:
+    if queue.job_status(row.dbos_status) != "failed":
+        return None
+    if row.error_code is not None:
+        return JobError(code=row.error_code, message=row.error_message, unit_id=row.error_unit_id)
+    if row.dbos_status == queue.CRASH_LOOP:
+        return JobError(
+            code="worker_crash_loop",
+            message=f"the job was started {row.recovery_attempts} times and its worker died each "
+            "time before a unit was finished; see the worker's log",
+        )
+    return JobError(code="internal_error", message="the worker's log tells what happened")
+
+
+def job_view(row: Any) -> JobView:
+    """One row of `job_views` as it is sent."""
+    return JobView(
+        id=row.id,
+        kind=row.kind,
+        name=row.name,
+        labels=row.labels,
+        status=queue.job_status(row.dbos_status),
+        created_at=time_of(row.created_at),
+        started_at=None if row.started_at is None else time_of(row.started_at),
+        finished_at=None if row.completed_at is None else time_of(row.completed_at),
+        num_units=row.num_units,
+        num_units_finished=row.num_finished or 0,
+        num_units_without_answer=row.num_without_answer or 0,
+        num_forward_passes=row.num_forward_passes or 0,
+        expected_forward_passes=row.expected_forward_passes,
+        error=_job_error(row),
+        spec=row.spec,
+        spec_sha256=row.spec_sha256,
+    )

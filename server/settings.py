@@ -1,0 +1,123 @@
+"""Settings of the HTTP server and the worker: `PROBE_*` environment variables, with defaults.
+
+Lists are written `a:b` (paths), `a,b` (the others) or as JSON.
+"""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+Queue = Literal["gpu", "cpu"]
+
+
+def _split(value: Any, separator: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return json.loads(value)
+    return [part.strip() for part in value.split(separator) if part.strip()]
+
+
+def _default_data_dir() -> Path:
+    base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(base).expanduser() / "sharpness-probe"
+
+
+class Settings(BaseSettings):
+    """One object for both processes; each reads the part it needs."""
+
+    model_config = SettingsConfigDict(env_prefix="PROBE_", frozen=True, extra="ignore")
+
+    data_dir: Path = Field(
+        default_factory=_default_data_dir,
+        description="Database, logs and locks; a local disk, never a network share.",
+    )
+    database_url: str = Field(
+        default_factory=lambda data: f"sqlite:///{data['data_dir'] / 'probe.db'}",
+        pattern=r"^(sqlite:///.|postgresql\+psycopg://)",
+        description="sqlite:///path (default: probe.db in data_dir) or postgresql+psycopg://...",
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="Of our own records; the queue's are never below WARNING."
+    )
+
+    host: str = Field("127.0.0.1", description="Address the HTTP server listens on.")
+    port: int = Field(8765, ge=0, le=65535, description="0: any free port.")
+    roots: Annotated[list[Path], NoDecode] = Field(
+        default_factory=list,
+        description="Directories jobs may read. Empty: any, accepted on loopback only.",
+    )
+    api_keys: Annotated[list[SecretStr], NoDecode] = Field(
+        default_factory=list,
+        description="Accepted bearer keys. Empty: no key asked, accepted on loopback only.",
+    )
+
+    worker_name: str = Field(
+        default_factory=lambda: f"{socket.gethostname()}-0",
+        pattern=r"^[A-Za-z0-9._-]{1,100}$",
+        description="Stable over restarts: a restarted worker picks up the jobs under its name.",
+    )
+    queues: Annotated[tuple[Queue, ...], NoDecode] = Field(
+        ("gpu", "cpu"),
+        min_length=1,
+        description="gpu takes jobs with model.device auto or cuda, one at a time per worker; "
+        "cpu takes those with model.device cpu.",
+    )
+    cpu_slots: int = Field(1, ge=1, le=256, description="Jobs of queue cpu at once per worker.")
+    queue_poll_s: float = Field(0.5, gt=0, le=60, description="How often a queue is looked at.")
+    heartbeat_s: float = Field(5.0, gt=0, le=600, description="Time between heartbeats.")
+    worker_stale_s: float = Field(
+        30.0, gt=0, description="A worker silent for longer is shown as not alive."
+    )
+    unit_max_attempts: int = Field(
+        3, ge=1, le=100, description="Tries of one unit before its job fails."
+    )
+    unit_retry_interval_s: float = Field(
+        10.0, ge=0, le=3600, description="Wait before the second try."
+    )
+    unit_retry_backoff: float = Field(
+        2.0, ge=1, le=10, description="Factor on the wait for each further try."
+    )
+    unit_no_progress_s: float = Field(
+        1800.0,
+        gt=0,
+        description="A gang that reports nothing for longer is ended, the unit retried.",
+    )
+    gang_start_s: float = Field(
+        300.0, gt=0, description="Time a gang has from its start until it reports ready."
+    )
+    max_dispatches: int = Field(
+        20,
+        ge=1,
+        description="A job whose worker dies this often without finishing a unit fails.",
+    )
+    rank_command: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Command that starts the ranks of a gang, JSON list; `{socket}` is filled in. "
+        "Empty: torchrun with one rank of `probe.rank`.",
+    )
+
+    @field_validator("roots", mode="before")
+    @classmethod
+    def _paths(cls, value: Any) -> Any:
+        return _split(value, os.pathsep)
+
+    @field_validator("api_keys", "queues", "rank_command", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return _split(value, ",")
+
+    @field_validator("roots", mode="after")
+    @classmethod
+    def _absolute(cls, value: list[Path]) -> list[Path]:
+        return [path.expanduser().resolve() for path in value]
+
+    @field_validator("data_dir", mode="after")
+    @classmethod
+    def _expanded(cls, value: Path) -> Path:
+        return value.expanduser().absolute()

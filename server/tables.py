@@ -1,0 +1,137 @@
+"""Our own tables, in the database DBOS uses too. Times are milliseconds since the epoch."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from server import queue
+from server.errors import StoreVersionError
+
+SCHEMA_VERSION = 1
+_ADVISORY_LOCK = 0x5052_4F42  # any number, the same in every process
+
+metadata = sa.MetaData()
+
+schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer))
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),  # also DBOS's workflow id; sorts by age
+    sa.Column("kind", sa.String(64), nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("labels", sa.JSON, nullable=False),
+    sa.Column("spec", sa.JSON, nullable=False),
+    sa.Column("spec_sha256", sa.String(64), nullable=False),
+    sa.Column("plan", sa.JSON, nullable=False),
+    sa.Column("num_units", sa.Integer, nullable=False),
+    sa.Column("expected_forward_passes", sa.BigInteger, nullable=False),
+    sa.Column("idempotency_key", sa.Text, unique=True),
+    sa.Column("body_sha256", sa.String(64), nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("started_at", sa.BigInteger),
+    # The last failure seen. It speaks for the job only once DBOS says that the job failed.
+    sa.Column("error_code", sa.String(64)),
+    sa.Column("error_message", sa.Text),
+    sa.Column("error_unit_id", sa.Text),
+    # Counter behind the gapless event ids, and the event that closed the log.
+    sa.Column("num_events", sa.Integer, nullable=False),
+    sa.Column("end_event", sa.String(32)),
+    sa.Index("jobs_kind", "kind", "id"),
+    # What has yet to get its closing event is found without reading every job.
+    sa.Index("jobs_open", "end_event", "id"),
+)
+
+job_labels = sa.Table(
+    "job_labels",
+    metadata,
+    sa.Column("job_id", sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("key", sa.String(63), primary_key=True),
+    sa.Column("value", sa.String(255), nullable=False),
+    sa.Index("job_labels_value", "key", "value", "job_id"),
+)
+
+unit_results = sa.Table(
+    "unit_results",
+    metadata,
+    sa.Column("job_id", sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("unit_index", sa.Integer, primary_key=True),
+    sa.Column("has_every_answer", sa.Boolean, nullable=False),
+    sa.Column("num_forward_passes", sa.BigInteger, nullable=False),
+    sa.Column("recorded_at", sa.BigInteger, nullable=False),
+    sa.Column("result", sa.JSON, nullable=False),
+)
+
+events = sa.Table(
+    "events",
+    metadata,
+    sa.Column("job_id", sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("type", sa.String(32), nullable=False),
+    sa.Column("at", sa.BigInteger, nullable=False),
+    sa.Column("data", sa.JSON, nullable=False),
+)
+
+workers = sa.Table(
+    "workers",
+    metadata,
+    sa.Column("name", sa.String(100), primary_key=True),
+    sa.Column("last_heartbeat", sa.BigInteger, nullable=False),
+    sa.Column("stopped", sa.Boolean, nullable=False),
+    sa.Column("view", sa.JSON, nullable=False),
+)
+
+
+def create_tables(engine: sa.Engine) -> None:
+    """Create what is missing, DBOS's tables included. Safe from several processes at once.
+
+    Raises:
+        StoreVersionError: A newer program has written this database.
+    """
+    with _migration_lock(engine):
+        queue.migrate(engine.url.render_as_string(hide_password=False))
+        with engine.connect() as connection:
+            if queue.is_sqlite(engine):
+                connection.exec_driver_sql("PRAGMA journal_mode=wal")
+            metadata.create_all(connection)
+            found = connection.scalar(sa.select(sa.func.max(schema_version.c.version)))
+            if found is None:
+                connection.execute(sa.insert(schema_version).values(version=SCHEMA_VERSION))
+            elif found > SCHEMA_VERSION:
+                raise StoreVersionError(
+                    f"the database has schema version {found}, this program knows "
+                    f"{SCHEMA_VERSION}: install the newer release, or use another database"
+                )
+            connection.commit()
+
+
+@contextmanager
+def _migration_lock(engine: sa.Engine) -> Iterator[None]:
+    if not queue.is_sqlite(engine):
+        with engine.connect() as connection:
+            connection.execute(sa.select(sa.func.pg_advisory_lock(_ADVISORY_LOCK)))
+            try:
+                yield
+            finally:
+                connection.execute(sa.select(sa.func.pg_advisory_unlock(_ADVISORY_LOCK)))
+        return
+    if not engine.url.database:
+        yield
+        return
+    with Path(f"{engine.url.database}.migrate-lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def now_ms(engine: sa.Engine) -> sa.ColumnElement[int]:
+    """The database's clock, so that no two machines' clocks are ever compared."""
+    if queue.is_sqlite(engine):
+        return sa.literal_column(
+            "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)", sa.BigInteger
+        )
+    return sa.literal_column(
+        "CAST(EXTRACT(epoch FROM clock_timestamp()) * 1000 AS BIGINT)", sa.BigInteger
+    )
