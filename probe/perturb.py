@@ -24,15 +24,15 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 class Ray:
     """The points theta - eta * delta, written into live tensors in place.
 
-    The difference is formed in the base's precision and cast last. Without temporaries where
-    live and base share a dtype; else one tensor's worth at a time.
+    The difference is formed in delta's precision and cast last. Without temporaries where all
+    three share a dtype; else one tensor's worth at a time.
 
     Args:
         live: Tensors the forward pass reads; written by `move`, through `.data`-like aliases
             (pass `p.data`, so that no autograd version counter moves).
-        base: theta, same shapes; fp32 where live is half precision, so that small steps are
-            not rounded away before they are added. Never written. Must not alias live.
-        delta: Update direction, same shapes, in the base's dtype. Never written.
+        base: theta, same shapes, in delta's dtype, or in half precision where live is fp32.
+            Never written. Must not alias live.
+        delta: Update direction, same shapes, fp32 or fp64. Never written.
 
     Raises:
         DirectionError: The lists do not match in length, shape or dtype.
@@ -48,10 +48,11 @@ class Ray:
             found = f"{len(live)} live, {len(base)} base, {len(delta)} delta"
             raise DirectionError(f"a ray needs as many tensors of each kind; found {found}.")
         for index, (at, theta, step) in enumerate(zip(live, base, delta, strict=True)):
-            if not at.shape == theta.shape == step.shape or theta.dtype != step.dtype:
+            fits = at.shape == theta.shape == step.shape
+            if not fits or compute_dtype(theta.dtype) != step.dtype:
                 raise DirectionError(
                     f"tensor {index} of the ray: live {_kind(at)}, base {_kind(theta)} and delta "
-                    f"{_kind(step)} do not fit. Give all three one shape, and delta base's dtype."
+                    f"{_kind(step)} do not fit. Give all one shape; delta fp32, or fp64 with base."
                 )
         self._live, self._base, self._delta = list(live), list(base), list(delta)
         self._saved = [_copy_unless_exact(at, theta) for at, theta in zip(live, base, strict=True)]
