@@ -40,6 +40,13 @@ class BatchError(ProbeError):
     code = "batch_error"
 
 
+class BatchUnavailableError(BatchError):
+    """A data set could not be read now (network, hub): trying later can help."""
+
+    code = "batch_unavailable"
+    retryable = True
+
+
 class DirectionError(ProbeError):
     """No update direction can be formed from this optimizer, gradient or mapping."""
 

@@ -6,6 +6,7 @@ are read by flat range straight from the file, so no rank ever needs a whole mod
 """
 
 import difflib
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.utils import logging
+from transformers.utils import logging as hf_logging
 
 from probe.checkpoints.header import ITEM_BYTES, StoredTensor
 from probe.checkpoints.layout import HOW_TO_CONVERT, Layout, read_config, read_layout
@@ -253,15 +254,15 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Tokenizer:
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Its report and its bars repeat on every rank what the errors below say once."""
-    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+    verbosity, had_bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        hf_logging.set_verbosity(verbosity)
         if had_bars:
-            logging.enable_progress_bar()
+            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _check_report(where: Path, report: dict[str, Any]) -> None:
