@@ -24,7 +24,7 @@ def flash_attention_obstacle(device: torch.device, dtype: torch.dtype) -> str | 
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"it needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
-    from transformers.utils import is_flash_attn_2_available
+    from transformers.utils.import_utils import is_flash_attn_2_available
 
     if not is_flash_attn_2_available():
         return "transformers finds no usable flash_attn package"

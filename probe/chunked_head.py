@@ -23,7 +23,7 @@ def _blocks(total: int, size: int) -> Iterator[slice]:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right with fp32 sums and an fp32 result, whatever the stored dtypes."""
+    """The product left @ right with fp32 sums and an fp32 result, whatever the stored dtypes."""
     if right.is_cuda and right.dtype in _HALF:
         return torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
     return torch.mm(left.to(_wide(right.dtype)), right.to(_wide(right.dtype)))
@@ -69,7 +69,7 @@ class _HeadNll(torch.autograd.Function):
         return nll
 
     @staticmethod
-    def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         hidden, weight, bias, rows, targets, log_norm = ctx.saved_tensors
         grad_rows = torch.zeros(
             rows.numel(), hidden.shape[1], dtype=log_norm.dtype, device=hidden.device

@@ -1,0 +1,295 @@
+"""The recipe: checkpoint -> model -> batches -> update direction -> loss along the ray -> search.
+
+One `Session` measures the units of one job, one after the other; tokenizer, batches and model
+stay resident between them. It knows nothing of queues, sockets or files of results.
+"""
+
+import datetime as dt
+import platform
+import time
+
+import torch
+from torch import Tensor, nn
+
+from probe.attention import choose_attention
+from probe.batches import Batch, BatchSet
+from probe.checkpoints import open_checkpoint
+from probe.checkpoints.source import Source
+from probe.errors import BatchError, ConfigError
+from probe.loss import CausalLoss
+from probe.memory import PeakMemory, out_of_memory_explained
+from probe.moments import Moments, NoMoments, WarmupMoments, choose_moments
+from probe.parallel.single import SingleModel
+from probe.progress import Meter, OnProgress
+from probe.provenance import device_name, git_commit, package_versions
+from probe.ray_search import RaySearch
+from probe.result import LossBatch, Measurement, Provenance, Unit, UnitResult
+from probe.spec import AdamW, CheckpointSeriesSpec
+from probe.spec_load import resolved, spec_sha256
+from probe.summary import summarise
+from probe.update import UpdateRule, slope_along
+
+_LOSS_BATCHES: dict[str, tuple[LossBatch, ...]] = {
+    "update": ("update",),
+    "held_out": ("held_out",),
+    "both": ("update", "held_out"),
+}
+
+
+class Session:
+    """Measures checkpoints of one job spec on this machine.
+
+    Args:
+        spec: The job. The tokenizer is the first measured checkpoint's own unless
+            `model.tokenizer` names another; a series shares it.
+
+    Raises:
+        ConfigError: The device or the attention kernel asked for cannot be had here.
+    """
+
+    def __init__(self, spec: CheckpointSeriesSpec) -> None:
+        self.spec = spec
+        self.device = choose_device(spec.model.device)
+        self.dtype: torch.dtype = getattr(torch, spec.model.dtype)
+        self.attention = choose_attention(
+            spec.model.attention, device=self.device, dtype=self.dtype
+        )
+        self.loss_batches = _LOSS_BATCHES[spec.measurement.loss_batch]
+        self._micro_batch_sequences = min(
+            spec.batches.micro_batch_sequences,
+            max(spec.batches.batch_sequences, spec.batches.held_out_sequences or 0),
+        )
+        self._batches: BatchSet | None = None
+        self._resident: tuple[SingleModel, CausalLoss] | None = None
+
+    def measure(
+        self,
+        unit: Unit,
+        *,
+        eta_init: dict[str, float] | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> UnitResult:
+        """Critical sharpness of one checkpoint: every repeat, on every loss batch asked for.
+
+        Args:
+            unit: One of `probe.plan.expand_units`.
+            eta_init: First guess per loss batch, from `probe.result.eta_init_hint` of the unit
+                before; None: `measurement.eta_init`.
+            on_progress: Called with `phase`, `done`, `total`, `num_forward_passes`.
+
+        Returns:
+            The result. The same unit, spec and hint give the same numbers, in this process or
+            another one on the same machine.
+
+        Raises:
+            CheckpointError: The checkpoint is broken or lacks what the spec asks for.
+            BatchError: The text does not last for the batches asked for.
+            NonFiniteLossError: The loss at the checkpoint's own parameters is NaN or inf.
+            DirectionError: The gradient is not finite.
+            OutOfMemoryError: It did not fit.
+
+        Cost: per repeat one backward pass and about 3 forward passes per loss batch; once per
+            checkpoint the moments' warm-up, one backward pass for the held-out gradient, and
+            one forward pass per loss batch for the loss resolution.
+        """
+        started_at, clock = dt.datetime.now(dt.UTC), time.perf_counter()
+        memory, meter = PeakMemory(self.device), Meter(on_progress)
+        with out_of_memory_explained(self._micro_batch_sequences, self.spec.model.dtype):
+            meter.report("load", 0, 1)
+            source = open_checkpoint(unit.checkpoint)
+            model, loss = self._load(source)
+            batches = self._batches_for(source)
+            meter.report("load", 1, 1)
+            checkpoint = _Checkpoint(self, unit, source, model, loss, batches, meter)
+            measurements = checkpoint.measure(eta_init or {})
+        return UnitResult(
+            unit=unit,
+            spec=resolved(self.spec),
+            measurements=measurements,
+            summaries=[summarise(measurements, batch) for batch in self.loss_batches],
+            stability_threshold=None if not unit.learning_rate else 2.0 / unit.learning_rate,
+            num_forward_passes=meter.num_forward_passes,
+            num_backward_passes=meter.num_backward_passes,
+            duration_s=time.perf_counter() - clock,
+            memory_bytes=memory.peak_bytes(),
+            provenance=Provenance(
+                spec_sha256=spec_sha256(self.spec),
+                versions=package_versions(),
+                git_commit=git_commit(),
+                device=device_name(self.device),
+                dtype=self.spec.model.dtype,
+                backend="single",
+                num_ranks=model.num_ranks,
+                attention=self.attention,
+                moments=checkpoint.moments.source,
+                moments_detail=checkpoint.moments.detail,
+                num_parameters=model.num_parameters,
+                memory_kind=memory.kind,
+                head_path=loss.head_path,
+                hostname=platform.node(),
+                started_at=started_at,
+                finished_at=dt.datetime.now(dt.UTC),
+            ),
+        )
+
+    def _load(self, source: Source) -> tuple[SingleModel, CausalLoss]:
+        """The checkpoint's values in the resident model, or a new one where the config differs."""
+        weights = source.load_model(torch.float32, self.attention)
+        if self._resident is not None and _same_architecture(self._resident[0].model, weights):
+            self._resident[0].load(weights)
+            return self._resident
+        self._resident = None  # free it before the next one is built
+        half = self.dtype != torch.float32
+        runs = source.load_model(self.dtype, self.attention) if half else weights
+        model = SingleModel(runs, weights, self.device)
+        loss = CausalLoss(runs, micro_batch_sequences=self._micro_batch_sequences)
+        self._resident = (model, loss)
+        return self._resident
+
+    def _batches_for(self, source: Source) -> BatchSet:
+        if self._batches is None:
+            tokenizer = source.load_tokenizer(self.spec.model.tokenizer)
+            self._batches = BatchSet(self.spec.batches, tokenizer)
+        return self._batches
+
+
+class _Checkpoint:
+    """One unit under measurement."""
+
+    def __init__(
+        self,
+        session: Session,
+        unit: Unit,
+        source: Source,
+        model: SingleModel,
+        loss: CausalLoss,
+        batches: BatchSet,
+        meter: Meter,
+    ) -> None:
+        self.spec = session.spec
+        self.loss_batches = session.loss_batches
+        self.model, self.loss, self.batches, self.meter = model, loss, batches, meter
+        self.moments: Moments = NoMoments()
+        if isinstance(self.spec.optimizer, AdamW):
+            self.moments = choose_moments(
+                self.spec.optimizer, source, model.shards, label=unit.checkpoint.label
+            )
+        self.rule = UpdateRule(model, self.spec.optimizer, self.moments)
+
+    def measure(self, eta_init: dict[str, float]) -> list[Measurement]:
+        """Warm up, then for each repeat: gradient, direction, a search per loss batch."""
+        self._warm_up()
+        held_out = self._held_out()
+        searches: dict[LossBatch, RaySearch] = {
+            name: RaySearch(
+                self.model, self.loss, self.spec.measurement, self.meter, name, eta_init.get(name)
+            )
+            for name in self.loss_batches
+        }
+        total = self.spec.measurement.repeats * len(searches)
+        measurements: list[Measurement] = []
+        for repeat in range(self.spec.measurement.repeats):
+            self.meter.report("gradient", repeat, self.spec.measurement.repeats)
+            update = self.batches.update(first_repeat_batch(self.spec) + repeat)
+            delta, slope = self.rule.direction(self._gradient(update))
+            for name, search in searches.items():
+                self.meter.report("search", len(measurements), total)
+                batch = update
+                if name == "held_out" and held_out is not None:
+                    batch, slope = held_out[0], slope_along(self.model, delta, held_out[1])
+                measurements.append(
+                    search.run(
+                        repeat=repeat,
+                        delta=delta,
+                        slope=slope,
+                        update_batch=update,
+                        loss_batch=batch,
+                    )
+                )
+            del delta  # before the next gradient is made
+        self.meter.report("search", total, total)
+        return measurements
+
+    def _warm_up(self) -> None:
+        if not isinstance(self.moments, WarmupMoments):
+            return
+        assert isinstance(self.spec.optimizer, AdamW)
+        total = self.spec.optimizer.warmup_steps
+        for index in range(total):
+            self.meter.report("moments", index, total)
+            self.rule.absorb(self._gradient(self.batches.update(index)))
+            self.moments.num_warmup_batches += 1
+        self.meter.report("moments", total, total)
+
+    def _held_out(self) -> tuple[Batch, list[Tensor | None]] | None:
+        """The fixed batch and its gradient, once per checkpoint, so that each slope is known."""
+        if "held_out" not in self.loss_batches:
+            return None
+        batch = self.batches.held_out
+        if batch is None:
+            raise BatchError("measurement.loss_batch needs batches.held_out_sequences")
+        return batch, self._gradient(batch)
+
+    def _gradient(self, batch: Batch) -> list[Tensor | None]:
+        """Gradient of the batch's mean loss at the base, in fp32, not clipped."""
+        check_vocabulary(batch, self.model.model)
+        grads = self.model.gradient(lambda: self.loss.backward(batch))
+        self.meter.num_backward_passes += 1
+        for grad in grads:
+            if grad is not None:
+                grad.div_(batch.num_targets)
+        return grads
+
+
+def choose_device(requested: str) -> torch.device:
+    """The device `model.device` means here; `auto` is cuda where present, else cpu.
+
+    Raises:
+        ConfigError: cuda is asked for and there is none.
+    """
+    if requested == "auto":
+        requested = "cuda" if torch.cuda.is_available() else "cpu"
+    if requested == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "model.device is cuda, but torch finds no CUDA device. Use device: auto or cpu."
+            )
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(requested)
+
+
+def first_repeat_batch(spec: CheckpointSeriesSpec) -> int:
+    """Index of the update batch of the first repeat: those before it warm the moments up.
+
+    With moments `auto` they are left out where a checkpoint has moments too, so that every
+    checkpoint of a series is measured on the same tokens.
+    """
+    optimizer = spec.optimizer
+    if isinstance(optimizer, AdamW) and optimizer.moments != "checkpoint":
+        return optimizer.warmup_steps
+    return 0
+
+
+def check_vocabulary(batch: Batch, model: nn.Module) -> None:
+    """Refuse tokens the model has no embedding for.
+
+    Raises:
+        ConfigError: The tokenizer is larger than the model's vocabulary.
+    """
+    embeddings = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    largest = int(batch.input_ids.max())
+    if largest >= embeddings:
+        raise ConfigError(
+            f"a batch holds token {largest}, the model has {embeddings} embeddings. "
+            "model.tokenizer must name the tokenizer this model was trained with."
+        )
+
+
+def _same_architecture(resident: nn.Module, fresh: nn.Module) -> bool:
+    def comparable(model: nn.Module) -> dict[str, object]:
+        values: dict[str, object] = model.config.to_dict()  # type: ignore[operator,union-attr]
+        for volatile in ("_name_or_path", "dtype", "torch_dtype", "transformers_version"):
+            values.pop(volatile, None)
+        return values
+
+    return comparable(resident) == comparable(fresh)
