@@ -1,0 +1,203 @@
+"""`probe results` and `probe plot`: what a job has measured, from a server or from a file."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from pydantic import ValidationError
+
+from clients.cli.conventions import (
+    InputError,
+    JobArgument,
+    JsonOption,
+    ServerOption,
+    add_command,
+    connect,
+    exit_code_for,
+    find_job_id,
+    print_json,
+    say,
+    stdout_console,
+)
+from probe.result import UnitResult
+from server.wire import ResultList
+
+OutOption = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="Write to this file.")
+]
+
+
+def results(
+    job_id: JobArgument,
+    format: Annotated[
+        Literal["table", "json", "csv", "parquet"],
+        typer.Option("--format", help="csv and parquet hold one row per measurement."),
+    ] = "table",
+    out: OutOption = None,
+    server: ServerOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Print what a job has measured so far.
+
+    Ends with 3 where some point has no eta_c.
+    """
+    if json_output:
+        format = "json"
+    if format == "parquet" and out is None:
+        raise InputError("parquet is binary: add --out results.parquet")
+    with connect(server) as client:
+        job_id = find_job_id(client, job_id)
+        found = client.results(job_id)
+        if format in ("csv", "parquet"):
+            content = client.results_file(job_id, "csv" if format == "csv" else "parquet")
+            _write(content, out)
+    if format == "json":
+        _write_json(found, out)
+    elif format == "table":
+        _print_table(found, out)
+    raise typer.Exit(exit_code_for(found.data))
+
+
+def _write(content: bytes, out: Path | None) -> None:
+    if out is None:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    else:
+        write_file(out, content)
+
+
+def _write_json(found: ResultList, out: Path | None) -> None:
+    if out is None:
+        print_json(found)
+    else:
+        write_file(out, results_document(found))
+
+
+def _print_table(found: ResultList, out: Path | None) -> None:
+    from clients.cli.tables import results_table
+
+    if not found.data:
+        say(f"job {found.job_id} is {found.status} and has no results yet")
+        return
+    table = results_table(found.data)
+    if out is None:
+        stdout_console().print(table)
+        return
+    from io import StringIO
+
+    from rich.console import Console
+
+    text = StringIO()
+    Console(file=text, width=160).print(table)
+    write_file(out, text.getvalue().encode())
+
+
+def results_document(found: ResultList) -> bytes:
+    """Results as the JSON file that `--out` writes and `probe plot` reads."""
+    return (found.model_dump_json(indent=2) + "\n").encode()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a result file and say so on stderr.
+
+    Raises:
+        InputError: The path cannot be written.
+    """
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    say(f"wrote {path} ({len(content)} bytes)")
+
+
+def read_results(path: Path) -> list[UnitResult]:
+    """The unit results in a file that `probe results --format json` or `probe run` wrote.
+
+    Raises:
+        InputError: It cannot be read, or holds something else.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        rows = raw["data"] if isinstance(raw, dict) else raw
+        found = [UnitResult.model_validate(row) for row in rows]
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        count = f" ({error.error_count()} problems)" if isinstance(error, ValidationError) else ""
+        raise InputError(
+            f"{path} holds no results{count}; write them with "
+            "`probe results ID --format json --out FILE` or `probe run FILE --out FILE`"
+        ) from error
+    return found
+
+
+def plot(
+    source: Annotated[
+        str, typer.Argument(metavar="ID|FILE", help="Id of a job, or a results.json.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="chart.svg, chart.png or chart.json (Vega)."),
+    ] = None,
+    server: ServerOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Draw lambda_c against the training step; with the threshold 2/eta where it is known.
+
+    Without --out: chart.svg in the current directory. With --json: Vega-Lite to stdout.
+    """
+    if json_output and out is None:
+        sys.stdout.write(_chart(source, "vega", server).decode() + "\n")
+        return
+    out = out or Path("chart.svg")
+    write_file(out, _chart(source, chart_format(out), server))
+    if json_output:
+        print_json({"file": str(out)})
+    else:
+        print(out)
+
+
+def chart_format(path: Path) -> Literal["vega", "svg", "png"]:
+    """The format that a file's ending asks for.
+
+    Raises:
+        InputError: It is none of .svg, .png, .json.
+    """
+    formats: dict[str, Literal["vega", "svg", "png"]] = {
+        ".svg": "svg",
+        ".png": "png",
+        ".json": "vega",
+    }
+    if path.suffix.lower() not in formats:
+        raise InputError(f"{path}: a chart is written as .svg, .png or .json")
+    return formats[path.suffix.lower()]
+
+
+def _chart(source: str, format: Literal["vega", "svg", "png"], server: str | None) -> bytes:
+    path = Path(source)
+    if path.exists() or path.suffix:  # a job id has no suffix
+        return draw(read_results(path), format)
+    with connect(server) as client:
+        return client.chart(find_job_id(client, source), format)
+
+
+def draw(found: list[UnitResult], format: Literal["vega", "svg", "png"]) -> bytes:
+    """The chart of results as the bytes of a file; needs no server and no browser."""
+    from probe.chart import series_chart, to_png, to_svg, to_vega
+
+    if not found:
+        raise InputError("there are no results to draw yet")
+    chart = series_chart(found)
+    if format == "png":
+        return to_png(chart)
+    if format == "svg":
+        return to_svg(chart).encode()
+    return (json.dumps(to_vega(chart), indent=2) + "\n").encode()
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    add_command(app, results, "probe results 0f3a --format csv --out results.csv")
+    add_command(app, plot, "probe plot 0f3a --out chart.png", "probe plot results.json")

@@ -1,0 +1,228 @@
+"""`probe run`: measure a job file here and now, without a server."""
+
+import json
+import subprocess
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import typer
+
+from clients.cli.children import start_child, stop_children
+from clients.cli.conventions import (
+    CommandError,
+    JsonOption,
+    SetOption,
+    add_command,
+    exit_code_for,
+    print_json,
+    stderr_console,
+    stdout_console,
+)
+from clients.cli.progress import ProgressDisplay, SeriesProgress
+from clients.cli.results import chart_format, draw, results_document, write_file
+from probe.errors import ProbeError, error_class_for
+from probe.result import Plan, UnitResult
+from server.wire import ResultList
+
+_LOG_LINES = 20  # of the child's own output, shown when it ends badly
+
+
+def run(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Job file, YAML or JSON.")],
+    overrides: SetOption = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only print the resolved job and its expected passes.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the results as JSON.")
+    ] = None,
+    chart: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Draw them: chart.svg, .png or .json."),
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Measure a job file on this machine, without a server.
+
+    Ends with 0 where every point has its eta_c, 3 where some has none, 1 where it failed.
+    """
+    from probe.plan import make_plan
+    from probe.spec_load import load_spec
+
+    if chart is not None:
+        chart_format(chart)  # a wrong ending is better said now than after an hour
+    planned = make_plan(load_spec(file, overrides or []))
+    if plan:
+        _print_plan(planned, json_output)
+        return
+    results: list[UnitResult] = []
+    failure: ProbeError | None = None
+    try:
+        _measure(planned, results, quiet=json_output)
+    except ProbeError as error:  # what is finished is written first
+        failure = error
+    found = ResultList(
+        job_id="local", status="failed" if failure is not None else "succeeded", data=results
+    )
+    _give_out(found, out, chart, json_output)
+    if failure is not None:
+        raise failure
+    raise typer.Exit(exit_code_for(results))
+
+
+def _give_out(found: ResultList, out: Path | None, chart: Path | None, json_output: bool) -> None:
+    from clients.cli.tables import results_table
+
+    if json_output:
+        print_json(found)
+    elif found.data:
+        stdout_console().print(results_table(found.data))
+    if out is not None:
+        write_file(out, results_document(found))
+    if chart is not None and found.data:
+        write_file(chart, draw(found.data, chart_format(chart)))
+
+
+def _print_plan(planned: Plan, json_output: bool) -> None:
+    if json_output:
+        print_json(planned)
+        return
+    import yaml
+
+    from clients.cli.tables import plan_table
+
+    print(yaml.safe_dump(planned.spec, sort_keys=False, allow_unicode=True).rstrip() + "\n")
+    stdout_console().print(plan_table(planned))
+
+
+def _measure(planned: Plan, results: list[UnitResult], *, quiet: bool) -> None:
+    """Run the job in a child process; finished units are appended to `results` as they come.
+
+    Raises:
+        ProbeError: The job failed; the class is the one the child's error code stands for.
+    """
+    progress = SeriesProgress(len(planned.units), planned.num_forward_passes)
+    display = ProgressDisplay(progress, stderr_console(), name=planned.spec["name"], quiet=quiet)
+    indices = {unit.unit_id: unit.index for unit in planned.units}
+    for unit in planned.units:
+        display.name_unit(unit.index, unit.unit_id)
+    with tempfile.TemporaryDirectory(prefix="probe-run-") as scratch, display:
+        job_file = Path(scratch) / "job.yaml"  # JSON is YAML; the overrides are in it
+        job_file.write_text(json.dumps(planned.spec))
+        child = start_child(
+            "probe.rank",
+            ["--spec", str(job_file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert child.stdout is not None
+        assert child.stderr is not None
+        log = _Log(child.stderr)
+        failures: list[ProbeError] = []
+        try:
+            ended = _follow(_events(child.stdout, log), indices, display, results, failures)
+            status = child.wait()
+        finally:
+            stop_children([child])
+            log.close()
+        _raise_failures(failures, len(planned.units))
+        if not ended:
+            raise CommandError(f"the measuring process ended with {_how(status)}\n{log.text()}")
+
+
+def _follow(
+    events: Iterator[dict[str, Any]],
+    indices: dict[str, int],
+    display: ProgressDisplay,
+    results: list[UnitResult],
+    failures: list[ProbeError],
+) -> bool:
+    """Bring everything up to date with every event; whether the child said `done`."""
+    progress = display.progress
+    for event in events:
+        kind, now_s = event.get("type"), time.time()
+        index = indices.get(str(event.get("unit_id")), 0)
+        if kind == "ready":
+            progress.state = "running"
+            display.remark(f"measuring on {event.get('device', 'this machine')}", "dim")
+        elif kind == "progress":
+            progress.advance(index, event.get("data") or {}, now_s)
+        elif kind == "result":
+            result = UnitResult.model_validate(event["result"])
+            results.append(result)
+            progress.start_unit(index, now_s - result.duration_s)
+            progress.finish_unit(index, result.num_forward_passes)
+            display.unit_finished(index, result.summaries, result.stability_threshold)
+        elif kind == "error":
+            where = f"{event['unit_id']}: " if event.get("unit_id") else ""
+            failures.append(error_class_for(str(event.get("code")))(f"{where}{event['message']}"))
+            progress.running.pop(index, None)
+            display.remark(str(failures[-1]), "red")
+        elif kind == "done":
+            return True
+    return False
+
+
+def _raise_failures(failures: list[ProbeError], num_units: int) -> None:
+    """Raise the first failure, its message saying how many units there were like it."""
+    if len(failures) > 1:
+        first = failures[0]
+        raise type(first)(f"{len(failures)} of {num_units} units failed; the first: {first}")
+    if failures:
+        raise failures[0]
+
+
+def _events(stream: IO[bytes], log: "_Log") -> Iterator[dict[str, Any]]:
+    """The child's events; a line that is none (a library's print) goes to its log."""
+    for line in stream:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if isinstance(event, dict) and "type" in event:
+            yield event
+        else:
+            log.add(line)
+
+
+def _how(status: int) -> str:
+    return f"signal {-status}" if status < 0 else f"status {status}"
+
+
+class _Log:
+    """The last lines a child writes to its stderr, read all the time so that it never blocks."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._lines: deque[str] = deque(maxlen=_LOG_LINES)
+        self._stream = stream
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self._stream:
+            self.add(line)
+
+    def add(self, line: bytes) -> None:
+        self._lines.append(line.decode("utf-8", errors="replace").rstrip())
+
+    def close(self) -> None:
+        self._reader.join(timeout=5)
+        self._stream.close()
+
+    def text(self) -> str:
+        return "\n".join(self._lines) or "(it wrote nothing)"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this file."""
+    add_command(
+        app,
+        run,
+        "probe run configs/demo.yaml --plan",
+        "probe run configs/demo.yaml --set measurement.search=bisect --out results.json",
+    )

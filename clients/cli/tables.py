@@ -1,0 +1,229 @@
+"""Rich tables of jobs, results, checkpoints and plans, made to fit 80 columns.
+
+Colour repeats what a word already says; it never carries meaning alone.
+"""
+
+import datetime as dt
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from probe.result import CheckpointRef, Plan, Summary, UnitResult
+from server.wire import JobView
+
+NONE = "-"
+_STATUS_STYLE = {
+    "queued": "yellow",
+    "running": "cyan",
+    "succeeded": "green",
+    "failed": "red",
+    "cancelled": "dim",
+}
+
+
+def status_text(status: str) -> Text:
+    """The status in its colour."""
+    return Text(status, style=_STATUS_STYLE.get(status, ""))
+
+
+def number(value: float | None) -> str:
+    """Four significant digits; a dash for no value."""
+    return NONE if value is None else f"{value:.4g}"
+
+
+def byte_size(count: int | None) -> str:
+    """Bytes in the largest binary unit that keeps the number at least 1."""
+    if count is None:
+        return NONE
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def quantity(count: int | None) -> str:
+    """A large count with K, M, B or T."""
+    if count is None:
+        return NONE
+    for size, suffix in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**4, "K")):
+        if count >= size:
+            unit = 10**3 if suffix == "K" else size
+            return f"{count / unit:.4g}{suffix}"
+    return str(count)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a person writes them: 4.2 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    if seconds is None:
+        return NONE
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    for size, name, below, below_name in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if whole >= size:
+            return f"{whole // size} {name} {whole % size // below} {below_name}"
+    return f"{whole} s"
+
+
+def _plain_table(**options: object) -> Table:
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, **options)  # type: ignore[arg-type]
+
+
+def results_table(results: Sequence[UnitResult], *, title: str | None = None) -> Table:
+    """One row per checkpoint and loss batch: lambda_c, its bracket, the threshold, the passes."""
+    table = _plain_table(title=title, title_justify="left", title_style="bold")
+    table.add_column("checkpoint", overflow="fold", max_width=24)
+    table.add_column("loss batch")
+    table.add_column("lambda_c", justify="right", no_wrap=True)
+    table.add_column("bracket", justify="right")
+    table.add_column("2/eta", justify="right")
+    table.add_column("loss", justify="right")
+    table.add_column("passes", justify="right")
+    for result in results:
+        for summary in result.summaries:
+            table.add_row(
+                result.unit.checkpoint.label,
+                summary.loss_batch,
+                lambda_text(summary, result.stability_threshold),
+                bracket_text(summary),
+                number(result.stability_threshold),
+                f"{summary.loss_mean:.4f}",
+                str(summary.num_forward_passes),
+            )
+    return table
+
+
+def lambda_text(summary: Summary, threshold: float | None) -> Text:
+    """Mean lambda_c with its standard error where there is one; red above the threshold."""
+    mean = summary.lambda_c_mean
+    if mean is None:
+        return Text("none", style="yellow")
+    error = summary.lambda_c_standard_error
+    spread = "" if error is None else f" ±{error:.2g}"
+    above = threshold is not None and mean > threshold
+    return Text(f"{number(mean)}{spread}", style="red" if above else "")
+
+
+def bracket_text(summary: Summary) -> Text:
+    """The bracket, or why there is none; where only some repeats have one, how many."""
+    if summary.num_converged == 0:
+        return Text(", ".join(name.replace("_", " ") for name in summary.outcomes), style="yellow")
+    text = Text(f"{number(summary.lambda_c_lower)} - {number(summary.lambda_c_upper)}")
+    if summary.num_converged < summary.num_repeats:
+        text.append(f" ({summary.num_converged} of {summary.num_repeats})", style="yellow")
+    return text
+
+
+def jobs_table(jobs: Iterable[JobView], *, now: dt.datetime) -> Table:
+    """One row per job, newest first as the server sends them."""
+    table = _plain_table()
+    table.add_column("id", overflow="fold", min_width=8)
+    table.add_column("name", overflow="ellipsis", no_wrap=True, max_width=28)
+    table.add_column("status", no_wrap=True)
+    table.add_column("units", justify="right", no_wrap=True)
+    table.add_column("passes", justify="right", no_wrap=True)
+    table.add_column("age", justify="right", no_wrap=True)
+    for job in jobs:
+        missing = f" ({job.num_units_without_answer} none)" if job.num_units_without_answer else ""
+        table.add_row(
+            job.id,
+            job.name,
+            status_text(job.status),
+            f"{job.num_units_finished}/{job.num_units}{missing}",
+            str(job.num_forward_passes),
+            age(job.created_at, now),
+        )
+    return table
+
+
+def age(then: dt.datetime, now: dt.datetime) -> str:
+    """How long ago, in the one unit that matters."""
+    seconds = max(0.0, (now - then).total_seconds())
+    for size, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {name}"
+    return f"{seconds:.0f} s"
+
+
+def job_table(job: JobView) -> Table:
+    """Everything about one job but its spec, as pairs."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("id", job.id)
+    table.add_row("name", job.name)
+    table.add_row("kind", job.kind)
+    table.add_row("status", status_text(job.status))
+    if job.error is not None:
+        where = f" (unit {job.error.unit_id})" if job.error.unit_id else ""
+        table.add_row("error", Text(f"{job.error.code}: {job.error.message}{where}", style="red"))
+    table.add_row("units", f"{job.num_units_finished} of {job.num_units} finished")
+    if job.num_units_without_answer:
+        table.add_row("", f"{job.num_units_without_answer} without an eta_c")
+    expected = job.expected_forward_passes
+    table.add_row("passes", f"{job.num_forward_passes} of about {expected}")
+    for name, moment in (
+        ("created", job.created_at),
+        ("started", job.started_at),
+        ("finished", job.finished_at),
+    ):
+        if moment is not None:
+            table.add_row(name, moment.astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"))
+    if job.started_at and job.finished_at:
+        table.add_row("took", duration((job.finished_at - job.started_at).total_seconds()))
+    if job.labels:
+        table.add_row("labels", ", ".join(f"{k}={v}" for k, v in sorted(job.labels.items())))
+    table.add_row("spec sha256", job.spec_sha256)
+    return table
+
+
+def checkpoints_table(checkpoints: Iterable[CheckpointRef]) -> Table:
+    """One row per checkpoint of a series."""
+    table = _plain_table()
+    table.add_column("step", justify="right", no_wrap=True)
+    table.add_column("tokens", justify="right", no_wrap=True)
+    table.add_column("format", no_wrap=True)
+    table.add_column("moments", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("checkpoint", overflow="fold")
+    for ref in checkpoints:
+        moments = {True: "yes", False: "no", None: "?"}[ref.has_moments]
+        table.add_row(
+            NONE if ref.step is None else str(ref.step),
+            quantity(ref.num_tokens),
+            ref.format or "?",
+            moments,
+            byte_size(ref.size_bytes),
+            ref.revision or ref.location,
+        )
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """What a plan says, as pairs."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    first, last = plan.units[0].checkpoint.label, plan.units[-1].checkpoint.label
+    span = first if len(plan.units) == 1 else f"{first} to {last}"
+    table.add_row("units", f"{len(plan.units)} ({span})")
+    table.add_row(
+        "forward passes",
+        f"about {plan.num_forward_passes}, at most {plan.max_forward_passes}",
+    )
+    table.add_row("backward passes", str(plan.num_backward_passes))
+    table.add_row("tokens per pass", str(plan.num_tokens_per_pass))
+    if plan.num_parameters is not None:
+        table.add_row("parameters", quantity(plan.num_parameters))
+    if plan.memory_bytes is not None:
+        table.add_row("memory", f"about {byte_size(plan.memory_bytes)}, activations left out")
+    for note in plan.notes:
+        table.add_row("note", note)
+    table.add_row("spec sha256", plan.spec_sha256)
+    return table
