@@ -63,6 +63,15 @@ def _job_error(row: Any) -> JobError | None:
     return JobError(code="internal_error", message="the worker's log tells what happened")
 
 
+def _finished_at(row: Any) -> dt.datetime | None:
+    if row.completed_at is None:
+        return None
+    # On SQLite DBOS's clock counts whole seconds; the closing event, written after it, tells the
+    # rest unless it came late.
+    exact = min(row.ended_at or row.completed_at, row.completed_at + 999)
+    return time_of(max(exact, row.started_at or row.created_at))
+
+
 def job_view(row: Any) -> JobView:
     """One row of `job_views` as it is sent."""
     return JobView(
@@ -73,7 +82,7 @@ def job_view(row: Any) -> JobView:
         status=queue.job_status(row.dbos_status),
         created_at=time_of(row.created_at),
         started_at=None if row.started_at is None else time_of(row.started_at),
-        finished_at=None if row.completed_at is None else time_of(row.completed_at),
+        finished_at=_finished_at(row),
         num_units=row.num_units,
         num_units_finished=row.num_finished or 0,
         num_units_without_answer=row.num_without_answer or 0,

@@ -287,7 +287,7 @@ class SqlStore:
         # once end_event is set nothing is added, so a job ends exactly once.
         counted: dict[str, Any] = {"num_events": jobs.c.num_events + 1}
         if type.removeprefix("job.") in TERMINAL:
-            counted["end_event"] = type
+            counted |= {"end_event": type, "ended_at": self._now}
         row = connection.execute(
             sa.update(jobs)
             .where(jobs.c.id == job_id, jobs.c.end_event.is_(None))

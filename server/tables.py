@@ -40,6 +40,7 @@ jobs = sa.Table(
     # Counter behind the gapless event ids, and the event that closed the log.
     sa.Column("num_events", sa.Integer, nullable=False),
     sa.Column("end_event", sa.String(32)),
+    sa.Column("ended_at", sa.BigInteger),
     sa.Index("jobs_kind", "kind", "id"),
     # What has yet to get its closing event is found without reading every job.
     sa.Index("jobs_open", "end_event", "id"),

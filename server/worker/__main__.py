@@ -1,0 +1,58 @@
+"""`python -m server.worker`: run a worker until it is stopped."""
+
+import argparse
+import logging
+import sys
+from typing import Any
+
+from pydantic import ValidationError
+
+from probe.errors import ProbeError
+from server.settings import Settings
+from server.worker.main import run_worker
+
+EXAMPLE = """\
+example:
+  python -m server.worker --name gpu-box-0 --queues gpu
+
+Every option can also be set as PROBE_<SETTING> in the environment. SIGTERM and Ctrl-C stop the
+worker within seconds; a job under way goes on when a worker of the same name starts again.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 stopped on request, 1 failed, 2 bad setting."""
+    parser = argparse.ArgumentParser(
+        prog="python -m server.worker",
+        description="Take jobs from the queue and measure them.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--name", help="stable name of this worker (default: HOSTNAME-0)")
+    parser.add_argument("--queues", help="queues to take jobs from (default: gpu,cpu)")
+    parser.add_argument("--data-dir", help="database, logs and locks")
+    parser.add_argument("--database-url", help="sqlite:///path or postgresql+psycopg://...")
+    parser.add_argument("--log-level", help="DEBUG, INFO, WARNING or ERROR (default: INFO)")
+    given: dict[str, Any] = {k: v for k, v in vars(parser.parse_args(argv)).items() if v}
+    if "name" in given:
+        given["worker_name"] = given.pop("name")
+    try:
+        settings = Settings(**given)
+    except ValidationError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return 2
+    logging.basicConfig(
+        level=settings.log_level,
+        format="%(asctime)s %(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        run_worker(settings)
+    except ProbeError as error:
+        logging.getLogger(__name__).error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

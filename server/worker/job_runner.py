@@ -1,0 +1,206 @@
+"""What a worker does with a job: the DBOS workflow, its one step per unit, retries, progress.
+
+The workflow's input is the ordered list of units, so a replay after a crash takes the same
+steps. A unit's result is recorded in our table before DBOS hears that the step is done; a step
+that runs again finds it there. Numbers never depend on interruptions: the first guess of a
+search comes from the recorded result of the unit before, never from a process's memory.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from dbos import DBOS
+from sqlalchemy.exc import DBAPIError, OperationalError
+
+from probe.result import Plan, Unit, UnitResult, eta_init_hint
+from server import queue
+from server.settings import Settings
+from server.store import SqlStore
+from server.wire import JobError
+from server.worker.gang import Gang, OnProgress, UnitFailedError
+
+logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_PROGRESS_INTERVAL_S = 0.25  # at most four progress events a second, and every change of phase
+_DATABASE_RETRY_S = 1.0
+
+
+class JobRunner:
+    """Runs the jobs this worker has claimed. All of it lives in DBOS's event loop."""
+
+    def __init__(self, store: SqlStore, settings: Settings, stopping: threading.Event) -> None:
+        """Nothing runs yet.
+
+        Args:
+            store: Where plans come from and results go.
+            settings: Retries, deadlines, directories.
+            stopping: Set when the worker is to end. What fails from then on has not failed.
+        """
+        self.device = ""
+        self._store = store
+        self._settings = settings
+        self._stopping = stopping
+        self._plans: dict[str, Plan] = {}
+        self._gangs: dict[str, Gang] = {}
+
+    @property
+    def job_ids(self) -> list[str]:
+        """Jobs being run now."""
+        return sorted(self._plans)
+
+    def register(self) -> None:
+        """Make the workflow known to DBOS; once per process, before its launch."""
+
+        @DBOS.step(name="unit", preemptible=True)
+        async def unit(job_id: str, index: int) -> str:
+            return await self.run_unit(job_id, index)
+
+        @DBOS.workflow(
+            name=queue.WORKFLOW_NAME, max_recovery_attempts=self._settings.max_dispatches
+        )
+        async def probe(job_id: str, unit_ids: list[str]) -> int:
+            try:
+                await self._begin(job_id)
+                for index in range(len(unit_ids)):
+                    await unit(job_id, index)
+                await self._end_gang(job_id)
+            finally:
+                self._kill_gang(job_id)
+                self._plans.pop(job_id, None)
+            return len(unit_ids)
+
+    async def run_unit(self, job_id: str, index: int) -> str:
+        """Measure and record one unit, unless its result is there; returns its id.
+
+        Tries again, after a growing wait, what another try can help.
+
+        Raises:
+            UnitFailedError: It cannot help, or the tries are used up.
+        """
+        unit = self._plans[job_id].units[index]
+        if await self._database(self._store.unit_result, job_id, index) is not None:
+            return unit.unit_id
+        eta_init = await self._eta_init(job_id, index)
+        attempt = 1
+        while True:
+            try:
+                result = await self._attempt(job_id, unit, eta_init, attempt)
+                break
+            except UnitFailedError as failure:
+                await self._failed(job_id, unit, attempt, failure)
+                attempt += 1
+        await self._database(self._store.record_unit, job_id, result)
+        return unit.unit_id
+
+    async def _begin(self, job_id: str) -> None:
+        plan = await self._database(self._store.get_plan, job_id)
+        assert plan is not None, f"{job_id} is queued without a job"
+        self._plans[job_id] = plan
+        name = self._settings.worker_name
+        await self._database(self._store.mark_running, job_id, name)
+        logger.info("%s begins", job_id, extra={"event": "job.running", "job_id": job_id})
+
+    async def _eta_init(self, job_id: str, index: int) -> dict[str, float] | None:
+        """First guesses from the nearest unit before this one that has an answer."""
+        for earlier in reversed(range(index)):
+            result = await self._database(self._store.unit_result, job_id, earlier)
+            hint = None if result is None else eta_init_hint(result)
+            if hint is not None:
+                return hint
+        return None
+
+    async def _attempt(
+        self, job_id: str, unit: Unit, eta_init: dict[str, float] | None, attempt: int
+    ) -> UnitResult:
+        about = {"unit_id": unit.unit_id, "index": unit.index}
+        try:
+            gang = self._gangs.get(job_id) or await self._start_gang(job_id)
+            started = about | {"attempt": attempt, "device": gang.device}
+            await self._database(self._store.append_event, job_id, "unit.started", started)
+            return await gang.measure(unit, eta_init, self._throttled(job_id, about))
+        except BaseException:
+            # Also when cancelled. After any error the next try gets fresh processes: an
+            # out-of-memory or a CUDA fault leaves more behind than can be cleaned up.
+            self._kill_gang(job_id)
+            raise
+
+    async def _failed(
+        self, job_id: str, unit: Unit, attempt: int, failure: UnitFailedError
+    ) -> None:
+        """Note a failed try and wait for the next one, or raise the failure."""
+        if self._stopping.is_set():
+            # Whoever stops a machine ends every process at once: the unit did not fail, it was
+            # interrupted. The shutdown cancels this wait; the job goes on at the next start.
+            await asyncio.Event().wait()
+        error = JobError(code=failure.code, message=failure.message, unit_id=unit.unit_id)
+        await self._database(self._store.record_error, job_id, error)
+        last = not failure.retryable or attempt >= self._settings.unit_max_attempts
+        logger.warning(
+            "%s: try %d of unit %s failed%s: %s",
+            *(job_id, attempt, unit.unit_id, ", the job fails" if last else "", failure.message),
+            extra={"event": "job.failed" if last else "unit.retrying", "job_id": job_id},
+        )
+        if last:
+            raise failure
+        settings = self._settings
+        wait_s = settings.unit_retry_interval_s * settings.unit_retry_backoff ** (attempt - 1)
+        data = error.model_dump() | {"index": unit.index, "attempt": attempt, "wait_s": wait_s}
+        await self._database(self._store.append_event, job_id, "unit.retrying", data)
+        await asyncio.sleep(wait_s)
+
+    def _throttled(self, job_id: str, about: dict[str, Any]) -> OnProgress:
+        phase, due = None, 0.0
+
+        async def on_progress(progress: dict[str, Any]) -> None:
+            nonlocal phase, due
+            now = time.monotonic()
+            if progress.get("phase") == phase and now < due:
+                return
+            phase, due = progress.get("phase"), now + _PROGRESS_INTERVAL_S
+            data = about | progress
+            await self._database(self._store.append_event, job_id, "unit.progress", data)
+
+        return on_progress
+
+    async def _start_gang(self, job_id: str) -> Gang:
+        settings = self._settings
+        gang = Gang(
+            log_path=settings.data_dir / "logs" / f"{job_id}.log",
+            command=settings.rank_command,
+            start_s=settings.gang_start_s,
+            no_progress_s=settings.unit_no_progress_s,
+        )
+        self._gangs[job_id] = gang
+        await gang.start(self._plans[job_id].spec)
+        self.device = gang.device
+        return gang
+
+    async def _end_gang(self, job_id: str) -> None:
+        gang = self._gangs.get(job_id)
+        if gang is not None:
+            await gang.stop()
+
+    def _kill_gang(self, job_id: str) -> None:
+        gang = self._gangs.pop(job_id, None)
+        if gang is not None:
+            gang.kill()
+
+    async def _database(self, call: Callable[P, R], *args: P.args, **kw: P.kwargs) -> R:
+        """Run a call of the store in a thread; wait out a database that does not answer.
+
+        Every such call may run twice without harm, so a lost answer is simply asked for again.
+        """
+        while True:
+            try:
+                return await asyncio.to_thread(call, *args, **kw)
+            except DBAPIError as error:
+                if not (isinstance(error, OperationalError) or error.connection_invalidated):
+                    raise
+                logger.warning("the database does not answer, trying again: %s", error)
+                await asyncio.sleep(_DATABASE_RETRY_S)
