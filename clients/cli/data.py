@@ -6,7 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from clients.cli.conventions import InputError, JsonOption, add_command, print_json, stdout_console
+from clients.cli.conventions import (
+    InputError,
+    JsonOption,
+    add_command,
+    example,
+    print_json,
+    stdout_console,
+)
 from clients.cli.documents import read_documents
 from clients.cli.tables import byte_size
 
