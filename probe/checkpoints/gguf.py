@@ -1,0 +1,153 @@
+"""A GGUF file as a `Source`: weights only, dequantised to fp32 through transformers.
+
+What is measured is the dequantised model. `.gguf.gz` is unpacked once into the user's cache.
+"""
+
+import gzip
+import hashlib
+import os
+import shutil
+import tempfile
+import zlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from probe.checkpoints.huggingface import load_causal_lm, load_tokenizer
+from probe.checkpoints.source import TensorKind
+from probe.errors import CheckpointError
+from probe.result import CheckpointRef
+
+MAGIC = b"GGUF"
+NO_MOMENTS = "GGUF files hold no optimizer state. Use moments: warmup"
+
+
+def open_source(ref: CheckpointRef) -> "GgufSource":
+    """The file `ref.location`; see `probe.checkpoints.open_checkpoint`."""
+    return GgufSource(ref)
+
+
+class GgufSource:
+    """Weights of one GGUF file; `probe.checkpoints.source.Source` says what each method gives."""
+
+    has_moments = False
+
+    def __init__(self, ref: CheckpointRef) -> None:
+        """Unpack where needed and check that the file is GGUF.
+
+        Raises:
+            CheckpointError: No such file, not GGUF, or its packing is broken.
+        """
+        asked = Path(ref.location).expanduser()
+        if not asked.is_file():
+            raise CheckpointError(f"{asked}: no such file")
+        self.path = unpacked(asked) if asked.name.lower().endswith(".gz") else asked
+        with self.path.open("rb") as stream:
+            found = stream.read(len(MAGIC))
+        if found != MAGIC:
+            raise CheckpointError(f"{asked}: not GGUF; begins with {found!r}, expected {MAGIC!r}")
+        self.ref = ref.model_copy(
+            update={"format": "gguf", "has_moments": False, "size_bytes": asked.stat().st_size}
+        )
+
+    def load_model(self, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+        """See `Source.load_model`."""
+        return load_causal_lm(self.path.parent, dtype, attention, gguf_file=self.path.name)
+
+    def read(self, name: str, kind: TensorKind, lo: int = 0, hi: int | None = None) -> torch.Tensor:
+        """See `Source.read`. Cost: dequantises the one tensor, fp32."""
+        if kind != "weight":
+            raise CheckpointError(f"{self.path}: no {name}.{kind}. {NO_MOMENTS}")
+        reader, places, processor, mapping = self._tensors
+        if name not in places:
+            raise CheckpointError(
+                f"{self.path}: no weight for {name!r}; found {len(places)} others"
+            )
+        stored = reader.tensors[places[name]]
+        from gguf import dequantize
+
+        weights = dequantize(stored.data, stored.tensor_type)
+        result = processor.process(
+            weights=weights, name=stored.name, tensor_key_mapping=mapping, parsed_parameters={}
+        )
+        flat = torch.from_numpy(np.array(result.weights, dtype=np.float32)).flatten()
+        end = len(flat) if hi is None else hi
+        if not 0 <= lo <= end <= len(flat):
+            raise CheckpointError(
+                f"{self.path}: {stored.name!r} has {len(flat)} elements, asked for {lo}..{end}"
+            )
+        return flat[lo:end].clone()
+
+    def hyper(self, name: str) -> dict[str, float]:
+        """Always an error: GGUF has no optimizer state."""
+        raise CheckpointError(f"{self.path}: no optimizer step for {name!r}. {NO_MOMENTS}")
+
+    def load_tokenizer(self, override: str | None = None) -> Tokenizer:
+        """See `Source.load_tokenizer`."""
+        if override is not None:
+            return load_tokenizer(override)
+        return load_tokenizer(str(self.path.parent), gguf_file=self.path.name)
+
+    @cached_property
+    def _tensors(self) -> tuple[Any, dict[str, int], Any, dict[str, str]]:
+        """The open file, parameter fqn -> tensor index, and transformers' own conversion."""
+        from gguf import GGUFReader
+        from transformers import modeling_gguf_pytorch_utils as conversion
+
+        reader = GGUFReader(self.path)
+        config = AutoConfig.from_pretrained(
+            self.path.parent, gguf_file=self.path.name, local_files_only=True
+        )
+        architecture = reader.fields["general.architecture"].contents()
+        processors: Any = conversion.TENSOR_PROCESSORS
+        processor = processors.get(architecture, conversion.TensorProcessor)(
+            config=config.to_dict()
+        )
+        factory: Any = AutoModelForCausalLM
+        with torch.device("meta"):
+            skeleton = factory.from_config(config)
+        mapping = conversion.get_gguf_hf_weights_map(skeleton, processor)
+        places = {
+            mapping[tensor.name]: index
+            for index, tensor in enumerate(reader.tensors)
+            if tensor.name in mapping
+        }
+        return reader, places, processor, mapping
+
+
+def unpacked(path: Path) -> Path:
+    """The plain file inside a .gguf.gz, in the cache; unpacked when not there yet.
+
+    The cache is $XDG_CACHE_HOME/sharpness-probe/gguf (~/.cache by default), keyed by the
+    packed file's path, size and time of change, so a changed file is unpacked again. The file
+    appears under its name only when it is complete.
+
+    Raises:
+        CheckpointError: The packing is broken, or the cache cannot be written.
+    """
+    status = path.stat()
+    key = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "sharpness-probe" / "gguf" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    target = folder / path.name.removesuffix(path.suffix)
+    if target.is_file():
+        return target
+    partial: Path | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=folder, suffix=".partial")
+        partial = Path(name)
+        with os.fdopen(descriptor, "wb") as out, gzip.open(path, "rb") as packed:
+            shutil.copyfileobj(packed, out, 1 << 20)
+        partial.replace(target)
+    except (OSError, EOFError, zlib.error) as error:
+        raise CheckpointError(f"{path}: cannot be unpacked into {folder}: {error}") from error
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+    return target

@@ -1,0 +1,204 @@
+"""The checkpoints of one run, in order, found without loading any of them (torch-free).
+
+The server, the planner and the command line list a series with this before anything is queued;
+sizes and moments come from safetensors headers alone.
+"""
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from pathlib import Path
+
+from probe.checkpoints.layout import looks_like_checkpoint, read_json_object, read_layout
+from probe.checkpoints.revisions import matching_revisions
+from probe.errors import CheckpointError, ConfigError
+from probe.result import CheckpointRef
+from probe.spec import Checkpoints, GgufCheckpoint, HubCheckpoints, LocalCheckpoints
+
+_TOKENS = re.compile(r"tokens[-_]?(\d+(?:\.\d+)?)([KMBT]?)(?![A-Za-z0-9])", re.IGNORECASE)
+_MAGNITUDE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def list_checkpoints(checkpoints_spec: Checkpoints) -> list[CheckpointRef]:
+    """Every checkpoint a spec names, in order of training step.
+
+    `first_step` and `last_step` choose the range first, then every k-th of it is taken,
+    beginning with the first.
+
+    Args:
+        checkpoints_spec: Local directory or glob, hub revisions, or a GGUF file.
+
+    Returns:
+        At least one reference. A single checkpoint may have no step; of several each has one.
+
+    Raises:
+        CheckpointError: Nothing matches (the message lists what is near), a checkpoint is
+            broken, has no step in its name, shares its step with another, or contradicts its
+            own training_state.json.
+        CheckpointUnavailableError: A revision pattern needs the hub, and it cannot be reached.
+        ConfigError: `step_pattern` is no regular expression with one group.
+
+    Cost: header reads per local checkpoint; one request for hub patterns, none for full names.
+    """
+    if isinstance(checkpoints_spec, LocalCheckpoints):
+        return _choose(_local(checkpoints_spec), checkpoints_spec)
+    if isinstance(checkpoints_spec, HubCheckpoints):
+        return _choose(_hub(checkpoints_spec), checkpoints_spec)
+    return [_gguf(checkpoints_spec)]
+
+
+def tokens_in_name(name: str) -> int | None:
+    """Tokens seen, from a name such as `stage1-step928646-tokens3896B`: 3,896,000,000,000."""
+    match = _TOKENS.search(name)
+    if match is None:
+        return None
+    return round(float(match.group(1)) * _MAGNITUDE[match.group(2).upper()])
+
+
+def _local(spec: LocalCheckpoints) -> list[CheckpointRef]:
+    expanded = os.path.expanduser(spec.path)
+    if os.path.isdir(expanded):
+        directories = [Path(expanded)]
+    else:
+        matches = [Path(match) for match in glob.glob(expanded, recursive=True)]
+        directories = [match for match in matches if looks_like_checkpoint(match)]
+    if not directories:
+        raise CheckpointError(f"{spec.path}: no checkpoint directory there; {_near(expanded)}")
+    step_of = _step_reader(spec.step_pattern)
+    return [_local_ref(directory, step_of) for directory in directories]
+
+
+def _local_ref(directory: Path, step_of: Callable[[str], int | None]) -> CheckpointRef:
+    layout = read_layout(directory)
+    name = directory.resolve().name
+    step = step_of(directory.name) if directory.name else step_of(name)
+    num_tokens = tokens_in_name(name)
+    state_path = directory / "training_state.json"
+    if state_path.is_file():
+        state = read_json_object(state_path)
+        stated = state.get("step")
+        if step is not None and stated is not None and stated != step:
+            raise CheckpointError(
+                f"{directory}: its name says step {step}, training_state.json says {stated!r}; "
+                "rename it or correct the file"
+            )
+        tokens = state.get("tokens", state.get("num_tokens"))
+        if isinstance(tokens, int) and not isinstance(tokens, bool):
+            num_tokens = tokens
+    return CheckpointRef(
+        source="local",
+        location=str(directory),
+        step=step,
+        num_tokens=num_tokens,
+        format=layout.format,
+        has_moments=layout.has_moments,
+        size_bytes=layout.size_bytes,
+    )
+
+
+def _hub(spec: HubCheckpoints) -> list[CheckpointRef]:
+    step_of = _step_reader(spec.step_pattern)
+    names = matching_revisions(spec.repo, spec.revisions)
+    stages = {
+        name[: found.start()] for name in names if (found := re.search(spec.step_pattern, name))
+    }
+    if len(stages) > 1:
+        raise CheckpointError(
+            f"{spec.repo}: the revisions belong to several stages ({', '.join(sorted(stages))}), "
+            "each of which counts its steps from its own start; make one job of each"
+        )
+    return [
+        CheckpointRef(
+            source="hub",
+            location=spec.repo,
+            revision=name,
+            step=step_of(name),
+            num_tokens=tokens_in_name(name),
+        )
+        for name in names
+    ]
+
+
+def _gguf(spec: GgufCheckpoint) -> CheckpointRef:
+    path = Path(spec.path).expanduser()
+    if not path.is_file():
+        raise CheckpointError(f"{spec.path}: no such file; {_near(str(path))}")
+    if not path.name.lower().endswith((".gguf", ".gguf.gz")):
+        raise CheckpointError(f"{spec.path}: expected a .gguf or .gguf.gz file")
+    return CheckpointRef(
+        source="gguf",
+        location=str(path),
+        step=spec.step,
+        format="gguf",
+        has_moments=False,
+        size_bytes=path.stat().st_size,
+    )
+
+
+def _choose(
+    refs: list[CheckpointRef], spec: LocalCheckpoints | HubCheckpoints
+) -> list[CheckpointRef]:
+    """Order by step, check that the order means something, cut the range, take every k-th."""
+    if len(refs) > 1:
+        nameless = [_name(ref) for ref in refs if ref.step is None]
+        if nameless:
+            raise CheckpointError(
+                f"no training step in {_list(nameless)}, found by step_pattern "
+                f"{spec.step_pattern!r}; change the pattern, or leave them out"
+            )
+    ordered = sorted(refs, key=lambda ref: (ref.step or 0, _name(ref)))
+    for one, other in pairwise(ordered):
+        if one.step == other.step:
+            raise CheckpointError(
+                f"{_name(one)} and {_name(other)} both are step {one.step}; a series is one run, "
+                "so narrow the pattern"
+            )
+    first = 0 if spec.first_step is None else spec.first_step
+    last = float("inf") if spec.last_step is None else spec.last_step
+    chosen = [ref for ref in ordered if ref.step is None or first <= ref.step <= last]
+    if not chosen:
+        raise CheckpointError(
+            f"no checkpoint between first_step {spec.first_step} and last_step {spec.last_step}; "
+            f"found steps {_list(str(ref.step) for ref in ordered)}"
+        )
+    return chosen[:: spec.every]
+
+
+def _step_reader(pattern: str) -> Callable[[str], int | None]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"step_pattern {pattern!r} is no regular expression: {error}") from error
+    if compiled.groups != 1:
+        raise ConfigError(f"step_pattern {pattern!r} has {compiled.groups} groups, expected one")
+
+    def step_of(name: str) -> int | None:
+        match = compiled.search(name)
+        if match is None or match.group(1) is None:
+            return None
+        if not match.group(1).isdecimal():
+            raise ConfigError(f"step_pattern {pattern!r} gives {match.group(1)!r} for {name!r}")
+        return int(match.group(1))
+
+    return step_of
+
+
+def _name(ref: CheckpointRef) -> str:
+    return ref.revision or ref.location
+
+
+def _list(names: Iterable[str], limit: int = 8) -> str:
+    found = list(names)
+    more = f" and {len(found) - limit} more" if len(found) > limit else ""
+    return ", ".join(found[:limit]) + more
+
+
+def _near(path: str) -> str:
+    """The nearest existing directory above a path that matched nothing, and what it holds."""
+    parent = Path(path).absolute().parent
+    while not parent.is_dir():
+        parent = parent.parent
+    names = sorted(entry.name for entry in parent.iterdir())
+    return f"{parent} holds {_list(names) or 'nothing'}"
