@@ -5,7 +5,7 @@ keeps a second copy. Unit results are keyed (job_id, unit_index): the first one 
 SQLite (WAL) by default, Postgres by the same code.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
@@ -16,7 +16,7 @@ from server.errors import IdempotencyConflictError, StoreNotReadyError
 from server.job_ids import new_job_id
 from server.job_views import finished_data, job_view, job_views, time_of
 from server.tables import events, job_labels, jobs, unit_results, workers
-from server.wire import TERMINAL, Event, EventType, JobError, JobView, WorkerView
+from server.wire import TERMINAL, Event, EventType, JobError, JobStatus, JobView, WorkerView
 
 
 class Store(Protocol):
@@ -31,6 +31,9 @@ class Store(Protocol):
             IdempotencyConflictError: the key was used with another body.
         """
 
+    def earlier_job(self, idempotency_key: str, body_sha256: str) -> JobView | None:
+        """The job this key made, if it made one; raises as `create_job` does."""
+
     def get_job(self, job_id: str) -> JobView | None: ...
 
     def list_jobs(
@@ -43,6 +46,9 @@ class Store(Protocol):
         limit: int = 50,
     ) -> tuple[list[JobView], bool]:
         """Newest first; `after` is the id of the last job of the page before."""
+
+    def count_jobs(self) -> dict[str, int]:
+        """Number of jobs in each state, zeros included."""
 
     def cancel_job(self, job_id: str) -> JobView | None:
         """Cancel a queued or running job; a finished one is returned unchanged."""
@@ -100,9 +106,10 @@ class SqlStore:
                     queue=queue.queue_for(plan.spec),
                     unit_ids=[unit.unit_id for unit in plan.units],
                 )
-        if not created:
-            job_id = self._earlier_job(idempotency_key, body_sha256)
-        view = self.get_job(job_id)
+        if created or idempotency_key is None:
+            view = self.get_job(job_id)
+        else:
+            view = self.earlier_job(idempotency_key, body_sha256)
         assert view is not None
         return view, created
 
@@ -144,16 +151,19 @@ class SqlStore:
         self._append(connection, job_id, "job.queued", {})
         return True
 
-    def _earlier_job(self, idempotency_key: str | None, body_sha256: str) -> str:
+    def earlier_job(self, idempotency_key: str, body_sha256: str) -> JobView | None:
         query = sa.select(jobs.c.id, jobs.c.body_sha256)
+        query = query.where(jobs.c.idempotency_key == idempotency_key)
         with self.engine.connect() as connection:
-            found = connection.execute(query.where(jobs.c.idempotency_key == idempotency_key)).one()
+            found = connection.execute(query).first()
+        if found is None:
+            return None
         if found.body_sha256 != body_sha256:
             raise IdempotencyConflictError(
                 f"Idempotency-Key {idempotency_key!r} was used for {found.id} with another body; "
                 "send the same body again, or a new key"
             )
-        return str(found.id)
+        return self.get_job(found.id)
 
     def get_job(self, job_id: str) -> JobView | None:
         with self.engine.connect() as connection:
@@ -187,6 +197,16 @@ class SqlStore:
         with self.engine.connect() as connection:
             rows = connection.execute(query).all()
         return [job_view(row) for row in rows[:limit]], len(rows) > limit
+
+    def count_jobs(self) -> dict[str, int]:
+        status, job_id = self._workflows.c.status, self._workflows.c.workflow_uuid
+        query = sa.select(status, sa.func.count()).join(jobs, jobs.c.id == job_id)
+        with self.engine.connect() as connection:
+            rows = connection.execute(query.group_by(status)).all()
+        counts: dict[str, int] = dict.fromkeys(get_args(JobStatus), 0)
+        for dbos_status, number in rows:
+            counts[queue.job_status(dbos_status)] += number
+        return counts
 
     def cancel_job(self, job_id: str) -> JobView | None:
         view = self.get_job(job_id)
