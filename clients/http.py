@@ -81,7 +81,7 @@ class ProbeClient:
         """
         self.base_url = (base_url or os.environ.get("PROBE_SERVER") or DEFAULT_SERVER).rstrip("/")
         key = api_key or os.environ.get("PROBE_API_KEY")
-        self._retries, self._reconnect_s = retries, reconnect_s
+        self._timeout_s, self._retries, self._reconnect_s = timeout_s, retries, reconnect_s
         self._sleep, self._clock = sleep, clock
         try:
             self._http = httpx.Client(
@@ -323,7 +323,7 @@ class ProbeClient:
         if state.last_event_id:
             headers["Last-Event-ID"] = state.last_event_id
         path = f"/v1/jobs/{_quoted(job_id)}/events"
-        timeout = httpx.Timeout(self._http.timeout, read=_STREAM_SILENCE_S)
+        timeout = httpx.Timeout(self._timeout_s, read=_STREAM_SILENCE_S)
         try:
             with self._http.stream("GET", path, headers=headers, timeout=timeout) as response:
                 if not response.is_success:

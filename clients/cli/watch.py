@@ -84,7 +84,7 @@ def show_event(display: "ProgressDisplay", event: Event) -> None:
     elif event.type == "unit.finished":
         display.name_unit(index, str(values.get("unit_id", index)))
         summaries, threshold = summaries_in(values)
-        progress.finish_unit(index, sum(s.num_forward_passes for s in summaries))
+        progress.finish_unit(index, int(values.get("num_forward_passes", 0)))
         display.unit_finished(index, summaries, threshold)
     elif event.type == "unit.retrying":
         display.remark(f"{display.label(index)}: tried again after {_reason(values)}", "yellow")
