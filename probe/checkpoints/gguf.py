@@ -57,7 +57,18 @@ class GgufSource:
 
     def load_model(self, dtype: torch.dtype, attention: str) -> PreTrainedModel:
         """See `Source.load_model`."""
-        return load_causal_lm(self.path.parent, dtype, attention, gguf_file=self.path.name)
+        model = load_causal_lm(self.path.parent, dtype, attention, gguf_file=self.path.name)
+        # Its weights are plain tensors now; the mark would make .to() and .save_pretrained() refuse
+        for owner in (model, model.config):
+            for mark in (
+                "hf_quantizer",
+                "is_quantized",
+                "quantization_method",
+                "quantization_config",
+            ):
+                if mark in vars(owner):
+                    delattr(owner, mark)
+        return model
 
     def read(self, name: str, kind: TensorKind, lo: int = 0, hi: int | None = None) -> torch.Tensor:
         """See `Source.read`. Cost: dequantises the one tensor, fp32."""

@@ -6,20 +6,17 @@ are read by flat range straight from the file, so no rank ever needs a whole mod
 """
 
 import difflib
-import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.utils import logging as hf_logging
 
 from probe.checkpoints.header import ITEM_BYTES, StoredTensor
 from probe.checkpoints.layout import HOW_TO_CONVERT, Layout, read_config, read_layout
+from probe.checkpoints.quiet import quiet_transformers
 from probe.checkpoints.source import TensorKind
 from probe.errors import CheckpointError
 from probe.result import CheckpointRef
@@ -202,7 +199,7 @@ def load_causal_lm(
     )
     loader: Any = AutoModelForCausalLM
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, report = loader.from_pretrained(
                 directory,
                 dtype=dtype,
@@ -249,20 +246,6 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Tokenizer:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
         raise CheckpointError(f"{name}: no usable tokenizer: {_first_line(error)}") from error
     return tokenizer
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Its report and its bars repeat on every rank what the errors below say once."""
-    verbosity, had_bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(logging.CRITICAL)
-    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if had_bars:
-            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _check_report(where: Path, report: dict[str, Any]) -> None:

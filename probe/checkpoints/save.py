@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from probe.checkpoints.layout import MOMENT_KINDS
+from probe.checkpoints.quiet import quiet_transformers
 from probe.errors import CheckpointError
 
 
@@ -33,7 +34,8 @@ def write_checkpoint(
     partial = directory.parent / f".{directory.name}.{secrets.token_hex(6)}.partial"
     partial.mkdir()
     try:
-        model.save_pretrained(partial)
+        with quiet_transformers():
+            model.save_pretrained(partial)
         if moments is not None:
             save_file(moments, partial / "optimizer.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
