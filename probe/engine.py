@@ -22,7 +22,7 @@ from probe.moments import Moments, NoMoments, WarmupMoments, choose_moments
 from probe.parallel.single import SingleModel
 from probe.progress import Meter, OnProgress
 from probe.provenance import device_name, git_commit, package_versions
-from probe.ray_search import RaySearch
+from probe.ray_search import RaySearch, check_finite
 from probe.result import LossBatch, Measurement, Provenance, Unit, UnitResult
 from probe.spec import AdamW, CheckpointSeriesSpec
 from probe.spec_load import resolved, spec_sha256
@@ -233,7 +233,9 @@ class _Checkpoint:
     def _gradient(self, batch: Batch) -> list[Tensor | None]:
         """Gradient of the batch's mean loss at the base, in fp32, not clipped."""
         check_vocabulary(batch, self.model.model)
-        grads = self.model.gradient(lambda: self.loss.backward(batch))
+        means: list[float] = []
+        grads = self.model.gradient(lambda: means.append(self.loss.backward(batch)))
+        check_finite(means[0], "a")
         self.meter.num_backward_passes += 1
         for grad in grads:
             if grad is not None:

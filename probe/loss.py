@@ -94,8 +94,8 @@ class CausalLoss:
         """Mean loss in nats per token; NaN where any sequence diverged."""
         return self.sums(batch).mean
 
-    def backward(self, batch: TokenBatch) -> None:
-        """Add the gradient of the SUM of all target losses to `.grad`.
+    def backward(self, batch: TokenBatch) -> float:
+        """Add the gradient of the SUM of all target losses to `.grad`; returns their mean.
 
         The caller divides by the number of targets once, in fp32: an fp16 gradient of a mean
         would underflow. Cost: one forward and one backward pass of the batch.
@@ -105,9 +105,13 @@ class CausalLoss:
         """
         if not bool(batch.loss_mask.any()):
             raise BatchError("no token of this batch is a target: its loss mask is all False")
+        total = 0.0
         for ids, mask in micro_batches(batch, self.micro_batch_sequences, self.device):
             with torch.enable_grad():
-                self._target_nll(ids, mask).sum().backward()  # type: ignore[no-untyped-call]
+                nll = self._target_nll(ids, mask)
+                nll.sum().backward()  # type: ignore[no-untyped-call]
+            total += float(nll.detach().double().sum())
+        return total / int(batch.loss_mask.sum())
 
     def _target_nll(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(num_targets,) nats in row-major order of the mask."""

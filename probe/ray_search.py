@@ -42,6 +42,20 @@ def loss_resolution(
     return max(abs(loss_at_zero - loss_again), per_token / math.sqrt(num_targets), single)
 
 
+def check_finite(loss_at_zero: float, which: str) -> None:
+    """Refuse a loss at eta = 0 that leaves nothing to compare with.
+
+    Raises:
+        NonFiniteLossError: It is NaN or infinite.
+    """
+    if not math.isfinite(loss_at_zero):
+        raise NonFiniteLossError(
+            f"the loss of {which} batch is {loss_at_zero} at the checkpoint's own parameters, so "
+            "no ray can be measured. Use model.dtype: float32 or bfloat16 if it is float16; "
+            "otherwise the checkpoint itself has diverged."
+        )
+
+
 class RaySearch:
     """All searches of one checkpoint on one kind of loss batch; each starts where the last ended.
 
@@ -130,12 +144,7 @@ class RaySearch:
         if self._at_zero is not None and self._at_zero[0] == batch.sha256:
             return self._at_zero[1]
         value = loss_at(0.0)
-        if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"the loss of the {self._name} batch is {value} at the checkpoint's own "
-                "parameters, so no ray can be measured. Use model.dtype: float32 or bfloat16 if "
-                "it is float16; otherwise the checkpoint itself has diverged."
-            )
+        check_finite(value, f"the {self._name}")
         self._at_zero = (batch.sha256, value)
         return value
 

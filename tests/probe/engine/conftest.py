@@ -1,14 +1,35 @@
 """A language model small enough to differentiate twice, and batches for it."""
 
+import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import Olmo2Config, Olmo2ForCausalLM
+from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
+
+from probe.checkpoints import save_checkpoint
 
 VOCAB = 97
+OPTIONS: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": None,
+    "eos_token_id": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -39,19 +60,7 @@ def tiny_model() -> MakeModel:
 
     def build(*, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> Olmo2ForCausalLM:
         torch.manual_seed(seed)
-        options = {
-            "vocab_size": VOCAB,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-            "initializer_range": 0.2,
-            "pad_token_id": None,
-            "eos_token_id": 1,
-        }
-        config = Olmo2Config(**(options | changes), attn_implementation="sdpa")
+        config = Olmo2Config(**(OPTIONS | changes), attn_implementation="sdpa")
         return Olmo2ForCausalLM(config).to(dtype).eval()
 
     return build
@@ -94,3 +103,91 @@ def dense_mean_loss(model: torch.nn.Module, parameters: dict[str, Tensor], batch
 @pytest.fixture
 def dense_loss():
     return dense_mean_loss
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {"<pad>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, VOCAB)}
+    model = WordLevel(vocab, unk_token="<pad>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<pad>"
+    )
+
+
+def _documents(count: int) -> list[str]:
+    """Walks in which each word mostly names the next: something a tiny model can learn."""
+    generator = random.Random(0)
+    documents = []
+    for _ in range(count):
+        word, words = generator.randrange(2, VOCAB), []
+        for _ in range(40):
+            words.append(f"w{word}")
+            step = (word * 3 + 1) % (VOCAB - 2) + 2
+            word = step if generator.random() < 0.8 else generator.randrange(2, VOCAB)
+        documents.append(" ".join(words))
+    return documents
+
+
+@dataclass(frozen=True)
+class Series:
+    """Three checkpoints of one short run, with optimizer state, and text to probe them with."""
+
+    directory: Path
+    text: Path
+    betas: tuple[float, float]
+
+    def spec(self, **changes: Any) -> dict[str, Any]:
+        raw: dict[str, Any] = {
+            "kind": "checkpoint_series",
+            "name": "tiny",
+            "checkpoints": {"source": "local", "path": str(self.directory / "step-*")},
+            "optimizer": {
+                "name": "adamw",
+                "betas": list(self.betas),
+                "weight_decay": 0.1,
+                "warmup_steps": 3,
+            },
+            "batches": {
+                "sources": [{"type": "files", "name": "walks", "paths": [str(self.text)]}],
+                "sequence_length": 32,
+                "batch_sequences": 4,
+                "held_out_sequences": 6,
+                "micro_batch_sequences": 2,
+            },
+            "measurement": {"loss_batch": "both", "repeats": 2},
+        }
+        for key, value in changes.items():
+            target, *path = key.split("__")
+            if path:
+                raw.setdefault(target, {})[path[0]] = value
+            else:
+                raw[target] = value
+        return raw
+
+
+@pytest.fixture(scope="session")
+def series(tmp_path_factory: pytest.TempPathFactory) -> Series:
+    """Trained for 20 steps of AdamW at 1e-2, saved at 4, 12 and 20."""
+    root = tmp_path_factory.mktemp("series")
+    documents = _documents(300)
+    text = root / "walks.jsonl"
+    text.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    tokenizer = _tokenizer()
+    torch.manual_seed(0)
+    model = Olmo2ForCausalLM(Olmo2Config(**OPTIONS, attn_implementation="sdpa"))
+    betas = (0.9, 0.95)
+    groups = [
+        {"params": [p], "weight_decay": 0.0 if "embed_tokens" in n else 0.1}
+        for n, p in model.named_parameters()
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=betas, eps=1e-8)
+    for step in range(1, 21):
+        chosen = documents[8 * step : 8 * step + 8]
+        ids = torch.tensor([tokenizer(d)["input_ids"] for d in chosen])
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        if step in (4, 12, 20):
+            save_checkpoint(model, root / f"step-{step}", optimizer=optimizer, tokenizer=tokenizer)
+    return Series(root, text, betas)

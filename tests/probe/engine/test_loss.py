@@ -32,7 +32,7 @@ def test_loss_and_gradient_equal_the_dense_twin_in_fp64(tiny_model, token_batch,
 
     assert loss.head_path == "chunked"
     assert loss.mean(batch) == pytest.approx(expected.item(), rel=1e-13)
-    loss.backward(batch)
+    assert loss.backward(batch) == pytest.approx(expected.item(), rel=1e-13)
     for parameter, grad in zip(model.parameters(), grads, strict=True):
         # Olmo2's norms compute in fp32 whatever the dtype, so gradients differ by its rounding.
         torch.testing.assert_close(parameter.grad / batch.num_targets, grad, rtol=1e-4, atol=1e-7)
