@@ -1,0 +1,189 @@
+"""`make demo`: train a small model, probe its checkpoints over HTTP, draw the chart.
+
+Everything after the training goes through the commands a user would type; they are printed as
+they run. Writes only below `demo-out/` and the asset cache.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from demo.prepare import Texts, prepare
+from demo.train import Run, build_model, train, train_tokenizer
+from probe.batches import BatchSet
+from probe.result import UnitResult
+from probe.spec import Batches, FileData
+from probe.spec_load import load_spec
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "demo-out"
+JOB = ROOT / "configs" / "demo-series.yaml"
+PROBE = [str(Path(sys.executable).with_name("probe"))]
+console = Console(highlight=False)
+
+
+def main() -> int:
+    """Run the whole demo; 0 when the series was measured."""
+    started = time.monotonic()
+    os.chdir(ROOT)
+    run = Run()
+    if load_spec(JOB).schedule != run.schedule:
+        raise SystemExit(f"{JOB} and demo/train.py state different schedules: make them agree")
+    console.rule("1/4  real text: C4, Wikipedia, GSM8K")
+    texts = prepare(OUT / "data")
+    console.rule("2/4  train a small OLMo-2-architecture model")
+    _train(run, texts)
+    console.rule("3/4  start the service and probe every checkpoint")
+    with _service() as address:
+        environment = os.environ | {"PROBE_SERVER": address}
+        job_id, exit_code = _probe_series(environment)
+        console.rule("4/4  what it shows")
+        _show(job_id, environment, run)
+        console.print(f"\nDone in {time.monotonic() - started:.0f} s.")
+        console.print(f"Dashboard: [bold]{address}[/bold]  (job page: {address}/jobs/{job_id})")
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            console.print("Press Ctrl-C to stop the service.")
+            _wait_for_interrupt()
+        else:
+            console.print(f"To open it again: probe up --data-dir {OUT / 'service'}")
+    return exit_code
+
+
+def _train(run: Run, texts: Texts) -> None:
+    shutil.rmtree(OUT / "checkpoints", ignore_errors=True)
+    rows = [
+        json.loads(line)["text"]
+        for file in (texts.web_train, texts.math_train)
+        for line in file.read_text(encoding="utf-8").splitlines()
+    ]
+    tokenizer = train_tokenizer(rows, run.vocab_size)
+    model = build_model(run, tokenizer)
+    web = FileData(name="web", paths=[str(texts.web_train)], share=1 - run.math_share)
+    math = FileData(name="math", paths=[str(texts.math_train)], share=run.math_share)
+    batches = BatchSet(
+        Batches(
+            sources=[web, math],
+            sequence_length=run.sequence_length,
+            batch_sequences=run.batch_sequences,
+            seed=run.seed,
+        ),
+        tokenizer,
+    )
+    num_parameters = sum(p.numel() for p in model.parameters())
+    tokens = run.batch_sequences * run.sequence_length
+    console.print(
+        f"{num_parameters / 1e6:.2f}M parameters, {run.schedule.total_steps} steps of {tokens} "
+        f"tokens, AdamW, peak learning rate {run.schedule.peak:g}"
+    )
+    columns = (BarColumn(), TextColumn("step {task.completed}/{task.total}"))
+    loss_text = TextColumn("loss {task.fields[loss]:.2f}")
+    with Progress(*columns, loss_text, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("train", total=run.schedule.total_steps, loss=float("nan"))
+        train(
+            run,
+            model,
+            tokenizer,
+            batches,
+            OUT / "checkpoints",
+            on_step=lambda step, loss: progress.update(task, completed=step + 1, loss=loss),
+        )
+    console.print(f"{len(run.save_at)} checkpoints with optimizer state in demo-out/checkpoints")
+
+
+@contextmanager
+def _service() -> Iterator[str]:
+    """Server and worker with a database of their own; yields the address, stops both at the end."""
+    command = [*PROBE, "up", "--port", "0", "--data-dir", str(OUT / "service"), "--json"]
+    _say_command(["probe", *command[len(PROBE) :]])
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise SystemExit("the service did not start; its messages stand above")
+        yield json.loads(line)["address"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+
+
+def _probe_series(environment: dict[str, str]) -> tuple[str, int]:
+    """Submit the job over HTTP, show its progress, print its table."""
+    submitted = _probe(["submit", str(JOB.relative_to(ROOT)), "--json"], environment)
+    job_id = json.loads(submitted)["id"]
+    command = ["watch", job_id]
+    _say_command(["probe", *command])
+    watched = subprocess.run([*PROBE, *command], env=environment, check=False)
+    if watched.returncode not in (0, 3):  # 3: measured, and some point has no eta_c
+        raise SystemExit(f"the job did not succeed (exit {watched.returncode})")
+    return job_id, 0
+
+
+def _show(job_id: str, environment: dict[str, str], run: Run) -> None:
+    for name in ("series.png", "series.svg"):
+        _probe(["plot", job_id, "--out", f"demo-out/{name}"], environment)
+    _probe(["results", job_id, "--format", "csv", "--out", "demo-out/series.csv"], environment)
+    answer = _probe(["results", job_id, "--format", "json"], environment)
+    results = [UnitResult.model_validate(row) for row in json.loads(answer)["data"]]
+    console.print("\nMedian lambda_c on the held-out batch, beside the median 2/eta:")
+    for phase, values, thresholds in _phases(results, run):
+        console.print(
+            f"  {phase:<8} lambda_c {median(values):8.0f}   2/eta {median(thresholds):8.0f}   "
+            f"({len(values)} measurements)"
+            if values
+            else f"  {phase:<8} no measurement converged"
+        )
+
+
+def _phases(results: list[UnitResult], run: Run) -> Iterator[tuple[str, list[float], list[float]]]:
+    """Converged held-out lambda_c of each phase of the schedule, with the thresholds there."""
+    schedule = run.schedule
+    assert schedule.decay_start is not None
+    middle = schedule.warmup_steps // 2
+    borders = (0, middle, schedule.warmup_steps, schedule.decay_start, schedule.total_steps or 0)
+    names = ("warm-up, first half", "warm-up, second half", "stable", "decay")
+    for name, first, last in zip(names, borders, borders[1:], strict=False):
+        units = [r for r in results if first <= (r.unit.checkpoint.step or 0) < last]
+        values = [
+            m.lambda_c
+            for r in units
+            for m in r.measurements
+            if m.loss_batch == "held_out" and m.lambda_c is not None
+        ]
+        yield name, values, [r.stability_threshold for r in units if r.stability_threshold]
+
+
+def _probe(arguments: list[str], environment: dict[str, str]) -> str:
+    _say_command(["probe", *arguments])
+    done = subprocess.run(
+        [*PROBE, *arguments], env=environment, stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode not in (0, 3):
+        raise SystemExit(f"probe {arguments[0]} failed (exit {done.returncode})")
+    return done.stdout
+
+
+def _say_command(words: list[str]) -> None:
+    console.print(f"[dim]$ {' '.join(words)}[/dim]")
+
+
+def _wait_for_interrupt() -> None:
+    try:
+        signal.pause()
+    except KeyboardInterrupt:
+        console.print("\nStopping.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
