@@ -29,7 +29,7 @@ from server.wire import JobView
 
 FAKE_RANK = Path(__file__).with_name("fake_rank.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
-DEADLINE_S = 60.0  # far above what anything here needs; only a broken run waits so long
+DEADLINE_S = 120.0  # far above what anything here needs; only a broken run waits so long
 
 
 def _unit(index: int) -> Unit:
