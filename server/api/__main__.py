@@ -1,0 +1,45 @@
+"""`python -m server.api`: the HTTP server in the foreground."""
+
+import argparse
+import logging
+import sys
+
+import uvicorn
+
+from probe.errors import ConfigError
+from server.api.app import create_app
+from server.settings import Settings
+
+# Open event streams end at once; this is for requests that are being answered.
+_GRACE_S = 5
+
+
+def main() -> int:
+    """Serve until SIGINT or SIGTERM; exit code 2 for settings that are refused."""
+    parser = argparse.ArgumentParser(prog="python -m server.api", description=__doc__)
+    parser.add_argument("--host", help="address to listen on (default: PROBE_HOST or 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port (default: PROBE_PORT or 8765; 0: any)")
+    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    try:
+        settings = Settings(**given)
+        logging.basicConfig(
+            level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+        )
+        app = create_app(settings)
+    except (ConfigError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=settings.log_level == "DEBUG",
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE_S,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Read a JSON request body: size, media type, and values no database or client can hold.
+
+FastAPI's own parsing is not used, so that a wrong job spec is answered in the words of
+`probe.spec_load`, the same as on the command line.
+"""
+
+import hashlib
+import json
+from typing import Any, NoReturn
+
+from fastapi import Request
+
+from server.api.problems import ProblemError, invalid
+from server.wire import FieldProblem
+
+MAX_BODY_BYTES = 1 << 20
+_MAX_INT = 2**63 - 1
+_MAX_DEPTH = 40
+
+
+async def read_json(request: Request) -> Any:
+    """The body as plain values.
+
+    Raises:
+        ProblemError: 415 not JSON by its Content-Type, 413 too large, 400 not JSON, 422 with the
+            field where a value holds a NUL, half a surrogate pair, or more than 64 bits.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise ProblemError(
+            415,
+            "unsupported_media_type",
+            f"send Content-Type: application/json, found {media_type[:80]!r}",
+        )
+    body = await _read(request)
+    try:
+        value = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:  # also not UTF-8, or a number of 4300 digits
+        raise ProblemError(400, "invalid_json", f"the body is not JSON: {error}") from error
+    problems: list[FieldProblem] = []
+    _check(value, "", 0, problems)
+    if problems:
+        raise invalid(problems[:20], "config_error")
+    return value
+
+
+def sha256_of(value: Any) -> str:
+    """Hash of a JSON value: equal for bodies that differ in spaces and key order only."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+async def _read(request: Request) -> bytes:
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > MAX_BODY_BYTES:
+            raise ProblemError(
+                413, "body_too_large", f"a body holds at most {MAX_BODY_BYTES:,} bytes"
+            )
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _check(value: Any, path: str, depth: int, problems: list[FieldProblem]) -> None:
+    message = None
+    if depth > _MAX_DEPTH:
+        message = f"nested deeper than {_MAX_DEPTH} levels"
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            # A key that cannot be stored cannot be echoed either.
+            shown = key if _storable(key) else ascii(key)
+            field = f"{path}.{shown}" if path else shown
+            if shown != key:
+                problems.append(FieldProblem(field=field, message=_UNSTORABLE))
+            _check(inner, field, depth + 1, problems)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            _check(inner, f"{path}.{index}" if path else str(index), depth + 1, problems)
+    elif isinstance(value, str) and not _storable(value):
+        message = _UNSTORABLE
+    elif isinstance(value, int) and abs(value) > _MAX_INT:
+        message = "an integer of more than 64 bits"
+    if message is not None:
+        problems.append(FieldProblem(field=path or "(spec)", message=message))
+
+
+_UNSTORABLE = "text must be valid Unicode without NUL characters"
+
+
+def _storable(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)

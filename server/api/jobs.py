@@ -1,0 +1,180 @@
+"""Routes that submit, list, show and cancel jobs, and plan one without queueing it."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+
+from probe.plan import make_plan
+from probe.result import Plan
+from probe.series import list_checkpoints
+from probe.spec_load import SpecError, parse_spec
+from server.api.bodies import read_json, sha256_of
+from server.api.context import JobDep, SettingsDep, StoreDep, known_query
+from server.api.problems import job_not_found, responses
+from server.api.roots import check_checkpoints, check_found, check_spec
+from server.settings import Settings
+from server.store import Store
+from server.wire import CheckpointList, JobList, JobStatus, JobView
+
+router = APIRouter(prefix="/v1", dependencies=[Depends(known_query)])
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=255,
+        pattern=r"^[!-~]+$",
+        description="The same key and body again give the same job; another body is refused.",
+    ),
+]
+_Label = Annotated[str, Query(pattern=r"^[A-Za-z0-9._/-]{1,63}=[^\x00]{0,255}$")]
+_BODY_PROBLEMS = responses(400, 413, 415, 422, 503)
+
+
+def json_body(schema: str) -> dict[str, Any]:
+    """OpenAPI for a body that the route reads by itself."""
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+@router.post(
+    "/jobs",
+    status_code=202,
+    response_model=JobView,
+    responses={
+        200: {"model": JobView, "description": "The job this key and body made earlier"},
+        **_BODY_PROBLEMS,
+    },
+    openapi_extra=json_body("CheckpointSeriesSpec"),
+    tags=["jobs"],
+)
+async def submit_job(
+    request: Request,
+    response: Response,
+    store: StoreDep,
+    settings: SettingsDep,
+    idempotency_key: IdempotencyKey = None,
+) -> JobView:
+    """Queue a job; answers at once with its id and `Location`."""
+    body = await read_json(request)
+    job, created = await run_in_threadpool(_submit, store, settings, body, idempotency_key)
+    response.status_code = 202 if created else 200
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    return job
+
+
+def _submit(
+    store: Store, settings: Settings, body: Any, idempotency_key: str | None
+) -> tuple[JobView, bool]:
+    body_sha256 = sha256_of(body)
+    if idempotency_key is not None:
+        # Looked for before planning: its checkpoints may be gone by now, the job is not.
+        earlier = store.earlier_job(idempotency_key, body_sha256)
+        if earlier is not None:
+            return earlier, False
+    plan = _plan(settings, body)
+    return store.create_job(plan=plan, idempotency_key=idempotency_key, body_sha256=body_sha256)
+
+
+def _plan(settings: Settings, body: Any) -> Plan:
+    spec = parse_spec(body)
+    check_spec(spec, settings.roots)
+    plan = make_plan(spec)
+    check_found([unit.checkpoint for unit in plan.units], settings.roots)
+    return plan
+
+
+@router.post(
+    "/jobs:plan",
+    response_model=Plan,
+    responses=_BODY_PROBLEMS,
+    openapi_extra=json_body("CheckpointSeriesSpec"),
+    tags=["jobs"],
+)
+async def plan_job(request: Request, settings: SettingsDep) -> Plan:
+    """Units, forward passes and memory a job would take; nothing is queued."""
+    body = await read_json(request)
+    return await run_in_threadpool(_plan, settings, body)
+
+
+@router.get("/jobs", response_model=JobList, responses=responses(422, 503), tags=["jobs"])
+def list_jobs(
+    store: StoreDep,
+    status: Annotated[JobStatus | None, Query()] = None,
+    kind: Annotated[Literal["checkpoint_series"] | None, Query()] = None,
+    label: Annotated[list[_Label] | None, Query(description="key=value; all must match")] = None,
+    after: Annotated[
+        str | None,
+        Query(pattern=r"^[A-Za-z0-9_-]{1,100}$", description="Id of the last job seen."),
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+) -> JobList:
+    """Jobs, newest first, a page at a time."""
+    labels = dict(pair.split("=", 1) for pair in label or ())
+    jobs, has_more = store.list_jobs(
+        status=status, kind=kind, labels=labels, after=after, limit=limit
+    )
+    return JobList(data=jobs, has_more=has_more)
+
+
+@router.get(
+    "/jobs/{job_id}", response_model=JobView, responses=responses(404, 422, 503), tags=["jobs"]
+)
+def show_job(job: JobDep) -> JobView:
+    """One job as it stands now."""
+    return job
+
+
+@router.post(
+    "/jobs/{job_id}/cancel",
+    response_model=JobView,
+    responses=responses(404, 422, 503),
+    tags=["jobs"],
+)
+def cancel_job(job: JobDep, store: StoreDep) -> JobView:
+    """Cancel a queued or running job; one that has ended is returned unchanged."""
+    cancelled = store.cancel_job(job.id)
+    if cancelled is None:
+        raise job_not_found(job.id)
+    return cancelled
+
+
+@router.post(
+    "/checkpoints",
+    response_model=CheckpointList,
+    responses=_BODY_PROBLEMS,
+    openapi_extra=json_body("Checkpoints"),
+    tags=["checkpoints"],
+)
+async def list_series(request: Request, settings: SettingsDep) -> CheckpointList:
+    """The checkpoints a `checkpoints:` section stands for, in order, before a job is made."""
+    body = await read_json(request)
+    return await run_in_threadpool(_list_series, settings, body)
+
+
+# What a job needs beside its checkpoints; used to check that section in the words of a job's.
+_REST_OF_A_JOB: dict[str, Any] = {
+    "kind": "checkpoint_series",
+    "name": "listing",
+    "batches": {
+        "sources": [{"type": "files", "name": "none", "paths": ["none.txt"]}],
+        "sequence_length": 8,
+        "batch_sequences": 1,
+    },
+    "measurement": {"loss_batch": "update"},
+}
+
+
+def _list_series(settings: Settings, body: Any) -> CheckpointList:
+    try:
+        checkpoints = parse_spec(_REST_OF_A_JOB | {"checkpoints": body}).checkpoints
+    except SpecError as error:
+        raise SpecError(
+            [p | {"field": p["field"].removeprefix("checkpoints.")} for p in error.problems]
+        ) from None
+    check_checkpoints(checkpoints, settings.roots, field="")
+    found = list_checkpoints(checkpoints)
+    check_found(found, settings.roots)
+    return CheckpointList(data=found)

@@ -1,0 +1,149 @@
+"""The dashboard: pages made on the server, so that they work without scripts and escape by default.
+
+`server/web/app.js` keeps them fresh: it listens to the job's event stream and swaps in the same
+pages' newer content. Everything comes from this server; nothing is fetched from elsewhere.
+"""
+
+import datetime as dt
+import json
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import parse_qs
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from probe.tables import summary_rows
+from server.api.context import JobDep, StoreDep
+from server.api.guard import COOKIE, session_cookie
+from server.api.openapi import operations_of
+from server.api.problems import ProblemError
+from server.wire import TERMINAL, JobStatus
+
+WEB = Path(__file__).resolve().parent.parent / "web"
+router = APIRouter(include_in_schema=False)
+
+_STATIC = {"app.js": "text/javascript", "style.css": "text/css"}
+_PAGE_SIZE = 25
+_EVENTS_SHOWN = 50
+_FRESH = {"Cache-Control": "no-cache"}
+_MAX_FORM_BYTES = 4096
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number for a table; an em dash where there is none."""
+    if value is None:
+        return "\N{EM DASH}"
+    return f"{value:.{digits}g}" if abs(value) < 1e5 else f"{value:.{digits - 1}e}"
+
+
+def moment(value: dt.datetime | None) -> str:
+    """A point in time, UTC, for people."""
+    return (
+        "\N{EM DASH}" if value is None else value.astimezone(dt.UTC).strftime("%Y-%m-%d %H:%M:%S")
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(WEB), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {
+        "number": number,
+        "moment": moment,
+        "pretty": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
+    }
+    environment.globals["TERMINAL"] = TERMINAL
+    return environment
+
+
+_templates = _environment()
+
+
+def _page(template: str, status_code: int = 200, **values: Any) -> HTMLResponse:
+    return HTMLResponse(_templates.get_template(template).render(**values), status_code, _FRESH)
+
+
+@router.get("/")
+def jobs_page(
+    store: StoreDep,
+    status: Annotated[JobStatus | None, Query()] = None,
+    after: Annotated[str | None, Query(pattern=r"^[A-Za-z0-9_-]{1,100}$")] = None,
+) -> HTMLResponse:
+    """Every job, newest first, and the workers."""
+    jobs, has_more = store.list_jobs(status=status, after=after, limit=_PAGE_SIZE)
+    return _page(
+        "jobs.html",
+        jobs=jobs,
+        has_more=has_more,
+        status=status,
+        after=after,
+        counts=store.count_jobs(),
+        workers=store.list_workers(),
+    )
+
+
+@router.get("/jobs/{job_id}")
+def job_page(job: JobDep, store: StoreDep) -> HTMLResponse:
+    """One job: progress, chart, table, events."""
+    events = store.events_after(job.id, 0, limit=1_000_000)
+    return _page(
+        "job.html",
+        job=job,
+        rows=summary_rows(store.unit_results(job.id)),
+        events=[e for e in events if e.type != "unit.progress"][-_EVENTS_SHOWN:],
+        last_event_id=events[-1].id if events else 0,
+    )
+
+
+@router.post("/jobs/{job_id}/cancel")
+def cancel_from_page(job: JobDep, store: StoreDep) -> Response:
+    """The button's form, for browsers without scripts too."""
+    store.cancel_job(job.id)
+    return RedirectResponse(f"/jobs/{job.id}", 303)
+
+
+@router.get("/static/{name}")
+def static_file(name: str) -> Response:
+    """The pages' script and style."""
+    if name not in _STATIC:
+        raise ProblemError(404, "not_found", f"there is no file {name[:60]!r}")
+    return FileResponse(WEB / name, media_type=_STATIC[name], headers=_FRESH)
+
+
+@router.get("/docs")
+def docs_page(request: Request) -> HTMLResponse:
+    """The API's description; FastAPI's own page would load its scripts from a CDN."""
+    document = request.app.openapi()
+    return _page("docs.html", document=document, operations=operations_of(document))
+
+
+@router.get("/login")
+def login_page() -> HTMLResponse:
+    """Asks for an API key."""
+    return _page("login.html", wrong=False)
+
+
+@router.post("/login")
+async def log_in(request: Request) -> Response:
+    """Exchange an API key for a session cookie."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _MAX_FORM_BYTES:
+            raise ProblemError(413, "body_too_large", "a key is shorter than that")
+    given = parse_qs(body.decode("utf-8", "replace")).get("key", [""])[0].strip()
+    keys = {key.get_secret_value() for key in request.app.state.settings.api_keys}
+    if given not in keys:
+        return _page("login.html", 401, wrong=True)
+    response = RedirectResponse("/", 303)
+    response.set_cookie(
+        COOKIE,
+        session_cookie(given),
+        httponly=True,
+        samesite="strict",
+        secure=request.url.scheme == "https",
+        max_age=30 * 24 * 3600,
+    )
+    return response
