@@ -43,7 +43,7 @@ from server.wire import (
 DEFAULT_SERVER = "http://127.0.0.1:8765"
 _TERMINAL_EVENTS = frozenset(f"job.{status}" for status in TERMINAL)
 _CHART_TYPES = {
-    "vega": "application/vnd.vegalite.v5+json",
+    "vega": "application/vnd.vegalite+json",
     "svg": "image/svg+xml",
     "png": "image/png",
 }

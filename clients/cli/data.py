@@ -88,21 +88,26 @@ def _facts(file: Path, field: str, rows: int, limit: int) -> dict[str, Any]:
             first.append(document)
     if count == 0:
         raise InputError(f"{file} holds no documents")
-    characters = {
-        "total": sum(lengths),
-        "min": min(lengths),
-        "median": int(statistics.median(lengths)),
-        "max": max(lengths),
-    }
     return {
         "file": str(file),
         "size_bytes": file.stat().st_size,
         "num_documents": count,
         "is_cut": is_cut,
         "fields": fields,
-        "characters": characters if lengths else None,
+        "characters": _spread(lengths),
         "num_empty": lengths.count(0),
         "first": first,
+    }
+
+
+def _spread(lengths: list[int]) -> dict[str, int] | None:
+    if not lengths:
+        return None
+    return {
+        "total": sum(lengths),
+        "min": min(lengths),
+        "median": int(statistics.median(lengths)),
+        "max": max(lengths),
     }
 
 

@@ -7,6 +7,7 @@ same documents.
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -41,8 +42,18 @@ def read_documents(path: Path, field: str = "text") -> Iterator[dict[str, Any]]:
                 f"{path}: unknown format; expected .jsonl, .json (one object per line) or .txt, "
                 "each plain, .gz or .zst; or .parquet"
             )
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except _unreadable(path) as error:
         raise InputError(f"cannot read {path}: {error}") from error
+
+
+def _unreadable(path: Path) -> tuple[type[Exception], ...]:
+    """What reading a damaged file of this kind raises."""
+    usual = (OSError, UnicodeDecodeError, EOFError, zlib.error)
+    if path.suffix != ".zst":
+        return usual
+    import zstandard
+
+    return (*usual, zstandard.ZstdError)
 
 
 def _opened(path: Path) -> IO[str]:

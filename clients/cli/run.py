@@ -130,6 +130,7 @@ def _measure(planned: Plan, results: list[UnitResult], *, quiet: bool) -> None:
         finally:
             stop_children([child])
             log.close()
+            child.stdout.close()
         _raise_failures(failures, len(planned.units))
         if not ended:
             raise CommandError(f"the measuring process ended with {_how(status)}\n{log.text()}")

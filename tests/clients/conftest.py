@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from clients.http import ProbeClient
+from server.wire import TERMINAL
 
 SPEC: dict[str, Any] = {
     "kind": "checkpoint_series",
@@ -154,11 +155,12 @@ class FakeServer:
             return None
         rest = path.removeprefix(f"/v1/jobs/{job['id']}")
         page = {"job_id": job["id"], "status": job["status"], "data": self.results}
+        end = job["status"] if job["status"] in TERMINAL else "cancelled"
         answers = {
             "": lambda _: httpx.Response(200, json=job),
             "/results": lambda _: httpx.Response(200, json=page),
             "/events": self._events,
-            "/cancel": lambda _: httpx.Response(200, json=job | {"status": "cancelled"}),
+            "/cancel": lambda _: httpx.Response(200, json=job | {"status": end}),
         }
         return answers.get(rest)
 
@@ -220,3 +222,25 @@ def wire() -> type[Wire]:
 @pytest.fixture
 def fake_server() -> FakeServer:
     return FakeServer()
+
+
+class CommandLine:
+    """Runs `probe` in this process, against the fake server."""
+
+    def __init__(self, server: FakeServer) -> None:
+        self.server = server
+
+    def __call__(self, *words: str) -> Any:
+        from typer.testing import CliRunner
+
+        from clients.cli.main import app
+
+        return CliRunner().invoke(app, list(words))
+
+
+@pytest.fixture
+def probe(fake_server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    monkeypatch.setattr("clients.http.ProbeClient", lambda url=None, **_: fake_server.client())
+    for name in ("PROBE_SERVER", "PROBE_API_KEY", "PROBE_DATA_DIR", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    return CommandLine(fake_server)
