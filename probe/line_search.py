@@ -27,6 +27,7 @@ from probe.interpolation import Point, estimate_crossing, place_probe
 Search = Literal["interpolate", "bisect"]
 
 SMALLEST_REL_TOL = 1e-9  # float64 then still resolves the bracket to a part in a million
+OCTAVES_TO_SNAP_BEYOND = 1.0 + 1e-9  # leaves a guess that is within a factor 2 alone
 NUM_PASSES_OVER_BISECT = 2  # what `interpolate` may cost beyond `bisect` at the worst
 
 
@@ -269,7 +270,8 @@ def _wanted_eta(ray: _Ray, path: BisectionPath, search_range: SearchRange) -> fl
         probe = 0.5 * (lower + upper) if bracketed else (2.0 * lower or 0.5 * upper)
     else:
         probe = place_probe(estimate, lower, upper, search_range.rel_tol)
-        if not bracketed:
+        octaves = math.log2(estimate / search_range.eta_init)
+        if not bracketed and abs(octaves) > OCTAVES_TO_SNAP_BEYOND:
             probe = _snap_to_path(probe, lower, upper, search_range.eta_init)
     probe = min(max(probe, search_range.eta_min), search_range.eta_max)
     # Only at eta_min or eta_max can the probe be one already made.
@@ -281,11 +283,8 @@ def _wanted_eta(ray: _Ray, path: BisectionPath, search_range: SearchRange) -> fl
 def _snap_to_path(probe: float, lower: float, upper: float, eta_init: float) -> float:
     """A far probe moved onto bisect's grid of doublings and halvings.
 
-    Extrapolation over more than a factor 2 is too rough for the place to matter, and a probe
-    on the path is one the safeguard need not charge for when the path comes by.
+    Extrapolation over more than a factor 2 is too rough for the place to matter, and a probe on
+    the path is one the safeguard need not charge for when the path comes by.
     """
-    octaves = math.log2(probe / eta_init)
-    if abs(octaves) <= 1.0:
-        return probe
-    snapped = eta_init * 2.0 ** round(octaves)
+    snapped = eta_init * 2.0 ** round(math.log2(probe / eta_init))
     return snapped if lower < snapped < upper else probe
