@@ -202,7 +202,7 @@ def test_a_truncated_file_is_named_with_its_sizes(saved, file):
 @pytest.mark.parametrize("content", [b"", b"\x05\x00", b"\xff" * 40, b"\x04\0\0\0\0\0\0\0[12]"])
 def test_a_file_that_is_no_safetensors_is_an_error(saved, content):
     (saved / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match="model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors"):
         open_directory(saved)
 
 
@@ -225,7 +225,7 @@ def test_a_missing_shard_is_named(saved, name):
 def test_a_shard_of_another_model_is_named(saved):
     shard(saved, "model", 2)
     save_file({"x": torch.zeros(1)}, saved / "model-00001-of-00002.safetensors")
-    with pytest.raises(CheckpointError, match="00001-of-00002.safetensors: key .* missing"):
+    with pytest.raises(CheckpointError, match=r"00001-of-00002.safetensors: key .* missing"):
         open_directory(saved)
 
 
@@ -258,10 +258,10 @@ def test_config_is_required(saved):
     with pytest.raises(CheckpointError, match=r"no config.json; found .*model\.safetensors"):
         open_directory(saved)
     (saved / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="config.json: not readable as JSON"):
+    with pytest.raises(CheckpointError, match=r"config.json: not readable as JSON"):
         open_directory(saved)
 
 
 def test_no_tokenizer_says_what_to_do(saved):
-    with pytest.raises(CheckpointError, match="Set model.tokenizer"):
+    with pytest.raises(CheckpointError, match=r"Set model.tokenizer"):
         open_directory(saved).load_tokenizer(None)

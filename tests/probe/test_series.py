@@ -1,0 +1,283 @@
+"""Series are found from names and headers alone; the headers here are written by hand."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from probe.errors import CheckpointError, CheckpointUnavailableError, ConfigError
+from probe.series import list_checkpoints, tokens_in_name
+from probe.spec import GgufCheckpoint, HubCheckpoints, LocalCheckpoints
+
+
+def write_safetensors(path: Path, **shapes: list[int]) -> None:
+    """A float32 file of zeros: 8 bytes of header length, JSON, data."""
+    header, offset = {}, 0
+    for key, shape in shapes.items():
+        size = 4
+        for extent in shape:
+            size *= extent
+        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    raw = json.dumps(header).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(offset))
+
+
+def write_checkpoint(directory: Path, *, moments: bool = False, state: dict | None = None) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text("{}")
+    write_safetensors(directory / "model.safetensors", w=[3, 2])
+    if moments:
+        moment_shapes = {"w.exp_avg": [3, 2], "w.exp_avg_sq": [3, 2], "w.step": []}
+        write_safetensors(directory / "optimizer.safetensors", **moment_shapes)
+    if state is not None:
+        (directory / "training_state.json").write_text(json.dumps(state))
+    return directory
+
+
+def steps(refs):
+    return [ref.step for ref in refs]
+
+
+@pytest.fixture
+def run(tmp_path):
+    for step in (1000, 20, 3, 100):
+        write_checkpoint(tmp_path / f"step-{step}", moments=step > 3)
+    (tmp_path / "step-log.txt").write_text("not a checkpoint")
+    (tmp_path / "step-logs").mkdir()
+    return tmp_path
+
+
+def local(run, pattern="step-*", **options):
+    return list_checkpoints(LocalCheckpoints(path=str(run / pattern), **options))
+
+
+def test_orders_by_number_not_by_text(run):
+    assert steps(local(run)) == [3, 20, 100, 1000]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"every": 2}, [3, 100]),
+        ({"first_step": 20}, [20, 100, 1000]),
+        ({"last_step": 20}, [3, 20]),
+        ({"first_step": 4, "every": 2}, [20, 1000]),
+        ({"first_step": 100, "last_step": 100}, [100]),
+    ],
+)
+def test_range_first_then_every_kth(run, options, expected):
+    assert steps(local(run, **options)) == expected
+
+
+def test_an_empty_range_lists_the_steps(run):
+    with pytest.raises(CheckpointError, match="found steps 3, 20, 100, 1000"):
+        local(run, first_step=2000)
+
+
+def test_says_format_moments_and_size_from_headers(run):
+    first, second = local(run)[:2]
+    assert (first.format, first.has_moments) == ("safetensors", False)
+    assert second.has_moments is True
+    files = ("model.safetensors", "optimizer.safetensors")
+    on_disk = sum((run / "step-20" / name).stat().st_size for name in files)
+    assert second.size_bytes == on_disk
+
+
+def test_one_directory_needs_no_step(tmp_path):
+    directory = write_checkpoint(tmp_path / "final")
+    (ref,) = list_checkpoints(LocalCheckpoints(path=str(directory)))
+    assert ref.step is None
+    assert ref.label == "final"
+
+
+def test_several_need_a_step_each(run):
+    write_checkpoint(run / "step-final")
+    with pytest.raises(CheckpointError, match=r"no training step in .*step-final"):
+        local(run)
+
+
+def test_two_of_one_step_are_not_one_run(run):
+    write_checkpoint(run / "again" / "step-20")
+    write_checkpoint(run / "other" / "step-20")
+    with pytest.raises(
+        CheckpointError, match=r"again/step-20 and .*other/step-20 both are step 20"
+    ):
+        local(run, "*/step-*")
+
+
+def test_training_state_gives_tokens_and_may_not_contradict(tmp_path):
+    write_checkpoint(tmp_path / "step-7", state={"step": 7, "tokens": 512})
+    (ref,) = local(tmp_path)
+    assert (ref.step, ref.num_tokens) == (7, 512)
+    write_checkpoint(tmp_path / "step-8", state={"step": 7})
+    with pytest.raises(CheckpointError, match=r"name says step 8, training_state.json says 7"):
+        local(tmp_path)
+
+
+def test_nothing_there_lists_what_is_near(run):
+    with pytest.raises(CheckpointError, match=r"holds step-100, step-1000, step-20"):
+        local(run, "ckpt-*")
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(run))} holds"):
+        local(run, "no/such/dir")
+
+
+def test_a_broken_checkpoint_stops_the_listing(run):
+    path = run / "step-20" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"step-20/model.safetensors: found \d+ bytes"):
+        local(run)
+
+
+@pytest.mark.parametrize("pattern", ["step(", r"step-\d+", r"(st)(ep)", r"(step)"])
+def test_a_bad_step_pattern_is_a_config_error(run, pattern):
+    with pytest.raises(ConfigError, match="step_pattern"):
+        local(run, step_pattern=pattern)
+
+
+def test_a_step_pattern_of_ones_own(tmp_path):
+    for name in ("run_b00012", "run_b00003"):
+        write_checkpoint(tmp_path / name)
+    assert steps(local(tmp_path, "run_*", step_pattern=r"_b(\d+)")) == [3, 12]
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("stage1-step928646-tokens3896B", 3_896_000_000_000),
+        ("step1000-tokens4B", 4_000_000_000),
+        ("stage2-ingredient1-step11931-tokens50B", 50_000_000_000),
+        ("step5-tokens1.5T", 1_500_000_000_000),
+        ("tokens512", 512),
+        ("step100", None),
+        ("tokens3Bad", None),
+    ],
+)
+def test_tokens_in_names(name, tokens):
+    assert tokens_in_name(name) == tokens
+
+
+OLMO = [
+    "main",
+    "stage1-step1000-tokens3B",
+    "stage1-step10000-tokens21B",
+    "stage1-step2000-tokens5B",
+    "stage2-ingredient1-step1000-tokens3B",
+]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The hub's answer to a listing; `hub.fails` is raised instead where set."""
+    answer = SimpleNamespace(fails=None, num_requests=0)
+
+    def list_repo_refs(self, repo):
+        answer.num_requests += 1
+        if answer.fails is not None:
+            raise answer.fails
+        named = [SimpleNamespace(name=name) for name in OLMO]
+        return SimpleNamespace(branches=named[:3], tags=named[3:])
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_refs", list_repo_refs)
+    return answer
+
+
+def revisions(*names, **options):
+    return list_checkpoints(
+        HubCheckpoints(source="hub", repo="allenai/OLMo-2", revisions=list(names), **options)
+    )
+
+
+def test_hub_patterns_are_listed_and_ordered(hub):
+    refs = revisions("stage1-step*-tokens*")
+    assert steps(refs) == [1000, 2000, 10000]
+    assert refs[0].num_tokens == 3_000_000_000
+    assert refs[0].location == "allenai/OLMo-2"
+    assert refs[0].has_moments is None
+    assert steps(revisions("stage1-step*", every=2)) == [1000, 10000]
+    assert steps(revisions("stage1-step?000-*", "stage1-step*")) == [1000, 2000, 10000]
+
+
+def test_full_names_need_no_hub(hub):
+    hub.fails = httpx.ConnectError("no network")
+    refs = revisions("stage1-step5-tokens1B", "stage1-step4-tokens1B")
+    assert steps(refs) == [4, 5]
+    assert hub.num_requests == 0
+
+
+def test_a_dot_in_a_pattern_is_a_dot(hub):
+    with pytest.raises(CheckpointError, match="no branch or tag matches"):
+        revisions("stage1.step*")
+
+
+def test_no_match_lists_the_nearest(hub):
+    with pytest.raises(CheckpointError, match=r"it has 5, the nearest are .*stage1-step"):
+        revisions("stage1-steps*-tokens*")
+
+
+def test_stages_are_not_one_series(hub):
+    with pytest.raises(CheckpointError, match=r"several stages \(stage1-, stage2-ingredient1-\)"):
+        revisions("stage*-step*")
+
+
+def test_a_revision_without_step_among_several(hub):
+    with pytest.raises(CheckpointError, match="no training step in main"):
+        revisions("*ma*", "stage1-step*")
+    (ref,) = revisions("main")
+    assert ref.step is None
+
+
+def response_error(status):
+    from huggingface_hub.errors import HfHubHTTPError
+
+    request = httpx.Request("GET", "https://hub.test")
+    return HfHubHTTPError(f"status {status}", response=httpx.Response(status, request=request))
+
+
+@pytest.mark.parametrize(
+    ("fails", "retryable"),
+    [
+        (httpx.ConnectError("no route"), True),
+        (httpx.ReadTimeout("slow"), True),
+        (ConnectionError("offline mode is enabled"), True),
+        (response_error(503), True),
+        (response_error(429), True),
+        (response_error(404), False),
+        (response_error(401), False),
+    ],
+    ids=lambda value: str(value),
+)
+def test_hub_failures_say_whether_to_try_again(hub, fails, retryable):
+    hub.fails = fails
+    with pytest.raises(CheckpointError, match="listing its revisions needs the hub") as caught:
+        revisions("stage1-*")
+    assert caught.value.retryable is retryable
+    assert isinstance(caught.value, CheckpointUnavailableError) is retryable
+
+
+def test_gguf_files(tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF")
+    (ref,) = list_checkpoints(GgufCheckpoint(source="gguf", path=str(path), step=9))
+    assert (ref.source, ref.step, ref.has_moments, ref.size_bytes) == ("gguf", 9, False, 4)
+    with pytest.raises(CheckpointError, match=r"no such file; .* holds m\.gguf"):
+        list_checkpoints(GgufCheckpoint(source="gguf", path=str(tmp_path / "n.gguf")))
+    (tmp_path / "m.bin").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"expected a \.gguf or \.gguf\.gz"):
+        list_checkpoints(GgufCheckpoint(source="gguf", path=str(tmp_path / "m.bin")))
+
+
+def test_listing_imports_no_torch(run):
+    code = (
+        "import sys; from probe.series import list_checkpoints; "
+        "from probe.spec import LocalCheckpoints; "
+        f"assert len(list_checkpoints(LocalCheckpoints(path={str(run / 'step-*')!r}))) == 4; "
+        "import huggingface_hub; "
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
