@@ -33,6 +33,7 @@ class Ray:
         base: theta, same shapes, in delta's dtype, or in half precision where live is fp32.
             Never written. Must not alias live.
         delta: Update direction, same shapes, fp32 or fp64. Never written.
+        exact: The caller knows that live is base, cast, so no copy of live need be thought of.
 
     Raises:
         DirectionError: The lists do not match in length, shape or dtype.
@@ -42,7 +43,12 @@ class Ray:
     """
 
     def __init__(
-        self, live: Sequence[Tensor], base: Sequence[Tensor], delta: Sequence[Tensor]
+        self,
+        live: Sequence[Tensor],
+        base: Sequence[Tensor],
+        delta: Sequence[Tensor],
+        *,
+        exact: bool = False,
     ) -> None:
         if not len(live) == len(base) == len(delta):
             found = f"{len(live)} live, {len(base)} base, {len(delta)} delta"
@@ -55,7 +61,10 @@ class Ray:
                     f"{_kind(step)} do not fit. Give all one shape; delta fp32, or fp64 with base."
                 )
         self._live, self._base, self._delta = list(live), list(base), list(delta)
-        self._saved = [_copy_unless_exact(at, theta) for at, theta in zip(live, base, strict=True)]
+        self._saved = [
+            None if exact else _copy_unless_exact(at, theta)
+            for at, theta in zip(live, base, strict=True)
+        ]
 
     @classmethod
     def through(cls, live: Sequence[Tensor], delta: Sequence[Tensor]) -> Self:
@@ -64,7 +73,7 @@ class Ray:
         Cost: 4 bytes per parameter (8 in fp64) for the base.
         """
         base = [at.detach().to(compute_dtype(at.dtype), copy=True) for at in live]
-        return cls(live, base, delta)
+        return cls(live, base, delta, exact=True)
 
     @torch.no_grad()
     def move(self, eta: float) -> None:

@@ -190,7 +190,7 @@ def _twin_ray(update: UpdateDirection, twins: Fp32Twins) -> Ray:
     """Half-precision parameters are their own base; fp32 ones, written in place, get a copy."""
     live = [twins.live(p) for p in update.parameters]
     base = [p.data if p.dtype in HALF_PRECISION else p.data.clone() for p in update.parameters]
-    return Ray(live, base, update.delta)
+    return Ray(live, base, update.delta, exact=True)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ a warm-up with parameters fixed is the caller's matter.
 import torch
 from torch import Tensor
 
+from probe.directions.blocks import in_blocks
 from probe.perturb import compute_dtype
 
 
@@ -56,30 +57,36 @@ def adamw_direction(
     Raises:
         ValueError: step_after < 1, so that the bias correction would divide by zero.
 
-    Cost: three temporaries of the tensor's size; no forward pass.
+    Cost: memory only the result, where all tensors are contiguous; no forward pass.
     """
     if step_after < 1:
         raise ValueError(f"step_after counts the step itself, so it is >= 1; found {step_after}.")
-    dtype = compute_dtype(param.dtype)
-    g = grad.to(dtype).neg() if maximize else grad.to(dtype)
-    if weight_decay != 0 and not decoupled:
-        g = g.add(param.to(dtype), alpha=weight_decay)
-    m, v = _moments_after(g, exp_avg, exp_avg_sq, betas)
-    if amsgrad and max_exp_avg_sq is not None:
-        torch.maximum(v, max_exp_avg_sq.to(dtype), out=v)
-    bias1 = 1 - betas[0] ** step_after
-    bias2 = 1 - betas[1] ** step_after
-    delta = m.div_(bias1).div_(v.sqrt_().div_(bias2**0.5).add_(eps))
-    if weight_decay != 0 and decoupled:
-        delta.add_(param.to(dtype), alpha=weight_decay)
+    bias_corrections = 1 - betas[0] ** step_after, 1 - betas[1] ** step_after
+    delta = torch.empty_like(param, dtype=compute_dtype(param.dtype))
+    operands = (delta, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq if amsgrad else None)
+    for out, theta, g, m, v, v_max in in_blocks(*operands):
+        g = g.to(out.dtype)
+        g = g.neg() if maximize else g
+        if weight_decay != 0 and not decoupled:
+            g = g.add(theta.to(out.dtype), alpha=weight_decay)
+        root = _moments_after(g, m, v, betas, out)
+        if v_max is not None:
+            torch.maximum(root, v_max.to(out.dtype), out=root)
+        root.sqrt_().div_(bias_corrections[1] ** 0.5).add_(eps)
+        out.div_(bias_corrections[0]).div_(root)
+        if weight_decay != 0 and decoupled:
+            out.add_(theta.to(out.dtype), alpha=weight_decay)
     return delta
 
 
 def _moments_after(
-    g: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, betas: tuple[float, float]
-) -> tuple[Tensor, Tensor]:
-    """Fresh tensors holding both moments after the step."""
+    g: Tensor, m: Tensor | None, v: Tensor | None, betas: tuple[float, float], m_out: Tensor
+) -> Tensor:
+    """Write the first moment after the step into `m_out`; return a fresh second one."""
     b1, b2 = betas
-    m = g * (1 - b1) if exp_avg is None else torch.lerp(exp_avg.to(g.dtype), g, 1 - b1)
-    v = torch.zeros_like(g) if exp_avg_sq is None else exp_avg_sq.to(g.dtype) * b2
-    return m, v.addcmul_(g, g, value=1 - b2)
+    if m is None:
+        torch.mul(g, 1 - b1, out=m_out)
+    else:
+        torch.lerp(m.to(g.dtype), g, 1 - b1, out=m_out)
+    v_after = torch.zeros_like(g) if v is None else v.to(g.dtype) * b2
+    return v_after.addcmul_(g, g, value=1 - b2)

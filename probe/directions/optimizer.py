@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from probe.directions.adam import adamw_direction
+from probe.directions.blocks import inner_product
 from probe.directions.sgd import sgd_direction
 from probe.directions.update import UpdateDirection
 from probe.errors import DirectionError
@@ -53,7 +54,7 @@ def optimizer_direction(model: nn.Module, optimizer: torch.optim.Optimizer) -> U
             step = reader(parameter, grad, group, optimizer.state.get(parameter, {}))
             if scale != 1.0:
                 step.mul_(scale)
-            slope -= _inner_product(step, grad)
+            slope -= inner_product(step, grad)
             names.append(name)
             parameters.append(parameter)
             delta.append(step)
@@ -150,8 +151,3 @@ def _dense(name: str, grad: Tensor) -> Tensor:
             "Build embeddings with sparse=False, or pass direction=."
         )
     return grad.detach()
-
-
-def _inner_product(step: Tensor, grad: Tensor) -> float:
-    """delta.g, summed in fp64."""
-    return float((step * grad).sum(dtype=torch.float64))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from probe.directions.blocks import inner_product
 from probe.errors import DirectionError
 
 
@@ -31,15 +32,15 @@ class UpdateDirection:
         _refuse_shared_memory(self.names, self.parameters)
         squares = 0.0
         for name, delta in zip(self.names, self.delta, strict=True):
-            norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-            if not math.isfinite(norm):
+            square = inner_product(delta, delta)
+            if not math.isfinite(square):
                 num_bad = int((~torch.isfinite(delta)).sum())
                 raise DirectionError(
                     f"the update direction of {name!r} has {num_bad} of {delta.numel()} elements "
                     "that are NaN or infinite. Look at its gradient and optimizer state: an "
                     "overflowed backward, or eps = 0 with a zero second moment, does this."
                 )
-            squares += norm**2
+            squares += square
         if squares == 0.0:
             raise DirectionError(
                 f"the update direction is zero in all {len(self.delta)} parameters that could "
