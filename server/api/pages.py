@@ -6,6 +6,7 @@ pages' newer content. Everything comes from this server; nothing is fetched from
 
 import datetime as dt
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import parse_qs
@@ -35,7 +36,9 @@ def number(value: float | None, digits: int = 4) -> str:
     """A number for a table; an em dash where there is none."""
     if value is None:
         return "\N{EM DASH}"
-    return f"{value:.{digits}g}" if abs(value) < 1e5 else f"{value:.{digits - 1}e}"
+    if value == 0 or not 1e-4 <= abs(value) < 1e5:
+        return f"{value:.{digits - 1}e}" if value else "0"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
 def moment(value: dt.datetime | None) -> str:
