@@ -230,6 +230,24 @@ def test_few_passes_on_a_quadratic_with_slope_from_any_guess(eta_c, octaves):
     assert result.num_forward_passes <= 4
 
 
+@pytest.mark.parametrize("octaves", [-9.3, -4.8, -2.1, 2.1, 4.8, 9.3])
+def test_a_far_probe_lies_on_the_path_of_bisect(octaves):
+    # So that it is not lost when the model is wrong and the safeguard goes back to that path.
+    eta_init = 2.0**octaves
+    result = find_critical_learning_rate(quadratic_ray(1.0), eta_init=eta_init, slope=-1.0)
+    assert result.trials[1][0] == eta_init * 2.0 ** -round(octaves)
+
+
+@pytest.mark.parametrize("eta_init", [1e-3, 0.02, 20.0])
+def test_a_slope_that_is_wrong_by_far_costs_two_passes_at_most(eta_init):
+    ray = step_ray(0.3, drop=1e-9, rise=1e9)  # nothing any model of the loss could foresee
+    paper = find_critical_learning_rate(ray, eta_init=eta_init, search="bisect")
+    for slope in (-1e-9, -1e-3, -1.0, -1e9):
+        result = find_critical_learning_rate(ray, eta_init=eta_init, slope=slope)
+        assert result.outcome is SearchOutcome.CONVERGED
+        assert result.num_forward_passes <= paper.num_forward_passes + 2
+
+
 @pytest.mark.parametrize(
     ("eta_init", "num_forward_passes"),
     [
