@@ -144,10 +144,9 @@ def fetch(
         fields = ("name", "filename", "package", "version", "download_mb", "content", "licence")
         print_json([{f: getattr(asset, f) for f in fields} for asset in ASSETS.values()])
         return
-    from rich import box
-    from rich.table import Table
+    from clients.cli.tables import plain_table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = plain_table()
     table.add_column("name", no_wrap=True)
     table.add_column("download", justify="right", no_wrap=True)
     table.add_column("content")

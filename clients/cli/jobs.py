@@ -176,7 +176,9 @@ def cancel(
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    add_command(app, submit, "probe submit configs/demo.yaml --set measurement.repeats=3 --watch")
+    add_command(
+        app, submit, "probe submit configs/demo-series.yaml --set measurement.repeats=3 --watch"
+    )
     add_command(app, list_jobs, "probe list --status running --label project=demo", name="list")
     add_command(app, show, "probe show 0f3a --json")
     add_command(app, cancel, "probe cancel 0f3a")

@@ -25,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # ProbeGroup reports them
-    epilog=example("probe up", "probe submit configs/demo.yaml --watch"),
+    epilog=example("probe up", "probe submit configs/demo-series.yaml --watch"),
 )
 
 

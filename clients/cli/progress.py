@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 from clients.cli.tables import bracket_text, duration, lambda_text
 from probe.result import Summary
 
+_ENOUGH = 0.2  # of a unit: the first passes come late, after the model is loaded
+_PHASES = {"load": "loading", "search": "searching"}
 _NEARLY = 0.95  # a unit that is not finished counts for less than one, however long it takes
 
 
@@ -70,11 +72,11 @@ class SeriesProgress:
         return min(float(self.num_units), len(self.finished) + sum(parts))
 
     def time_left_s(self, now_s: float) -> float | None:
-        """Seconds to go at the pace so far; None before there is a pace."""
+        """Seconds to go at the pace so far; None while too little is done to tell a pace."""
         if self.started_s is None:
             return None
         since_start = self.done_units - self.finished_before_start
-        if since_start <= 0:
+        if since_start < _ENOUGH:
             return None
         return (now_s - self.started_s) / since_start * (self.num_units - self.done_units)
 
@@ -151,16 +153,16 @@ class ProgressDisplay:
         from rich.text import Text
 
         count = f"{len(self.progress.finished)}/{self.progress.num_units}"
-        line = Text(f"{count}  {self.label(index)}")
-        for summary in summaries:
-            line.append(f"  {summary.loss_batch} lambda_c ", style="dim")
+        line = Text(f"{count}  {self.label(index)}  lambda_c ")
+        for position, summary in enumerate(summaries):
+            line.append(", " if position else "")
             line.append_text(lambda_text(summary, threshold))
-            bracket = bracket_text(summary)
-            line.append(" [").append_text(bracket).append("]")
-        if not self._console.is_terminal:
-            left = self.progress.time_left_s(self._clock())
-            if left:
-                line.append(f"  {duration(left)} left")
+            if summary.num_converged < summary.num_repeats:
+                line.append(": ").append_text(bracket_text(summary))
+            line.append(f" ({summary.loss_batch})", style="dim")
+        left = self.progress.time_left_s(self._clock())
+        if left and not self._console.is_terminal:
+            line.append(f"  {duration(left)} left")
         self._console.print(line)
 
     def _render(self) -> "RenderableType":
@@ -190,7 +192,9 @@ class ProgressDisplay:
 def phase_text(values: dict[str, Any]) -> str:
     """What a unit is doing now, in words."""
     phase = str(values.get("phase") or "starting")
+    text = _PHASES.get(phase, phase)
     done, total = values.get("done"), values.get("total")
-    text = phase if done is None or not total else f"{phase} {done}/{total}"
+    if done is not None and total and total > 1:
+        text += f" {done}/{total}"
     passes = values.get("num_forward_passes")
-    return f"{text}, {passes} passes" if passes else text
+    return f"{text}, passes: {passes}" if passes else text

@@ -224,6 +224,6 @@ def register(app: typer.Typer) -> None:
     add_command(
         app,
         run,
-        "probe run configs/demo.yaml --plan",
-        "probe run configs/demo.yaml --set measurement.search=bisect --out results.json",
+        "probe run configs/demo-series.yaml --plan",
+        "probe run configs/demo-series.yaml --set measurement.search=bisect --out results.json",
     )

@@ -71,17 +71,24 @@ def duration(seconds: float | None) -> str:
     return f"{whole} s"
 
 
-def _plain_table(**options: object) -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, **options)  # type: ignore[arg-type]
+def plain_table(**options: object) -> Table:
+    """Two blanks between columns and none outside: every column of 80 counts."""
+    return Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+        **options,  # type: ignore[arg-type]
+    )
 
 
 def results_table(results: Sequence[UnitResult], *, title: str | None = None) -> Table:
     """One row per checkpoint and loss batch: lambda_c, its bracket, the threshold, the passes."""
-    table = _plain_table(title=title, title_justify="left", title_style="bold")
+    table = plain_table(title=title, title_justify="left", title_style="bold")
     table.add_column("checkpoint", overflow="fold", max_width=24)
     table.add_column("loss batch")
     table.add_column("lambda_c", justify="right", no_wrap=True)
-    table.add_column("bracket", justify="right")
+    table.add_column("bracket", justify="right", min_width=15)
     table.add_column("2/eta", justify="right")
     table.add_column("loss", justify="right")
     table.add_column("passes", justify="right")
@@ -122,7 +129,7 @@ def bracket_text(summary: Summary) -> Text:
 
 def jobs_table(jobs: Iterable[JobView], *, now: dt.datetime) -> Table:
     """One row per job, newest first as the server sends them."""
-    table = _plain_table()
+    table = plain_table()
     table.add_column("id", overflow="fold", min_width=8)
     table.add_column("name", overflow="ellipsis", no_wrap=True, max_width=28)
     table.add_column("status", no_wrap=True)
@@ -185,7 +192,7 @@ def job_table(job: JobView) -> Table:
 
 def checkpoints_table(checkpoints: Iterable[CheckpointRef]) -> Table:
     """One row per checkpoint of a series."""
-    table = _plain_table()
+    table = plain_table()
     table.add_column("step", justify="right", no_wrap=True)
     table.add_column("tokens", justify="right", no_wrap=True)
     table.add_column("format", no_wrap=True)
