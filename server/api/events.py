@@ -49,7 +49,6 @@ async def job_events(
     return EventSourceResponse(
         _stream(store, job.id, seen, first, request.app.state.event_poll_s),
         ping=request.app.state.heartbeat_s,
-        sep="\n",
     )
 
 

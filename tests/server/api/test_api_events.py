@@ -1,0 +1,160 @@
+"""The event stream: every event once, in order, also across a broken connection."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+
+DEADLINE_S = 30
+
+
+def parse(lines):
+    """(id, type) of every event in the lines of a stream."""
+    events, current = [], {}
+    for line in lines:
+        if not line and current:
+            events.append((int(current["id"]), current["event"]))
+            current = {}
+        elif ": " in line and not line.startswith(":"):
+            name, value = line.split(": ", 1)
+            current[name] = value
+    return events
+
+
+def read(url, *, last_event_id=None, stop_after=None):
+    """Events until the stream ends, or until enough have come."""
+    headers = {} if last_event_id is None else {"Last-Event-ID": str(last_event_id)}
+    lines = []
+    with httpx.stream("GET", url, headers=headers, timeout=DEADLINE_S) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        for line in response.iter_lines():
+            lines.append(line)
+            if stop_after is not None and len(parse(lines)) == stop_after:
+                break
+    return parse(lines)
+
+
+def add_units(store, job_id, count):
+    for index in range(count):
+        store.append_event(job_id, "unit.started", {"unit_id": str(index), "index": index})
+
+
+def test_a_broken_stream_goes_on_with_last_event_id(served, store, submitted, end_job):
+    url = f"{served}/v1/jobs/{submitted}/events"
+    add_units(store, submitted, 4)  # after job.queued: ids 2 to 5
+    first = read(url, stop_after=3)
+    writer = threading.Thread(
+        target=lambda: (add_units(store, submitted, 3), end_job(submitted)), daemon=True
+    )
+    writer.start()
+    rest = read(url, last_event_id=first[-1][0])
+    writer.join()
+    assert [number for number, _ in first + rest] == list(range(1, 10))
+    assert rest[-1] == (9, "job.succeeded")
+    assert [kind for _, kind in first + rest].count("unit.started") == 7
+
+
+def test_events_come_while_they_happen_and_the_stream_ends_with_the_job(
+    served, store, submitted, end_job
+):
+    got, ended = [], threading.Event()
+
+    def follow():
+        got.extend(read(f"{served}/v1/jobs/{submitted}/events"))
+        ended.set()
+
+    reader = threading.Thread(target=follow, daemon=True)
+    reader.start()
+    add_units(store, submitted, 2)
+    assert not ended.is_set()
+    end_job(submitted)
+    assert ended.wait(DEADLINE_S)
+    assert [kind for _, kind in got] == [
+        "job.queued",
+        "unit.started",
+        "unit.started",
+        "job.succeeded",
+    ]
+
+
+def test_the_header_wins_over_after(client, store, submitted, end_job):
+    add_units(store, submitted, 3)
+    end_job(submitted)
+    url = f"/v1/jobs/{submitted}/events"
+    numbers = [n for n, _ in parse(client.get(f"{url}?after=2").text.splitlines())]
+    assert numbers == [3, 4, 5]
+    answer = client.get(f"{url}?after=2", headers={"Last-Event-ID": "4"})
+    assert [n for n, _ in parse(answer.text.splitlines())] == [5]
+
+
+@pytest.mark.parametrize("after", [2, 3, 10**18])
+def test_nothing_left_is_204_so_that_browsers_stop_asking(client, submitted, after):
+    client.post(f"/v1/jobs/{submitted}/cancel")  # job.queued, job.cancelled
+    answer = client.get(f"/v1/jobs/{submitted}/events?after={after}")
+    assert (answer.status_code, answer.content) == (204, b"")
+
+
+def test_a_silent_stream_sends_heartbeats(served, submitted):
+    with httpx.stream(
+        "GET", f"{served}/v1/jobs/{submitted}/events?after=1", timeout=DEADLINE_S
+    ) as response:
+        lines = response.iter_lines()
+        assert next(line for line in lines if line.startswith(":"))
+
+
+def test_a_reader_that_leaves_frees_its_stream(served, store, submitted, monkeypatch):
+    asked = []
+    real = store.events_after
+
+    def counted(*args, **kwargs):
+        asked.append(time.monotonic())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(store, "events_after", counted)
+    read(f"{served}/v1/jobs/{submitted}/events", stop_after=1)
+    # Gone once a second passes without a look; while open the slowest pace is one a second.
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() - asked[-1] < 1.5:
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.05)
+
+
+def test_many_open_streams_do_not_hold_up_other_requests(served, submitted):
+    with httpx.Client(limits=httpx.Limits(max_connections=100)) as http:
+        url = f"{served}/v1/jobs/{submitted}/events?after=1"
+        open_streams = [http.stream("GET", url, timeout=DEADLINE_S) for _ in range(60)]
+        for stream in open_streams:
+            stream.__enter__()
+        assert http.get(f"{served}/v1/jobs/{submitted}", timeout=5).status_code == 200
+        for stream in open_streams:
+            stream.__exit__(None, None, None)
+
+
+@pytest.mark.slow
+def test_the_server_stops_in_time_with_a_stream_open(settings, store, client, spec, tmp_path):
+    job_id = client.post("/v1/jobs", json=spec).json()["id"]
+    log = tmp_path / "server.log"
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "server.api", "--port", "0"],
+            env={"PROBE_DATABASE_URL": settings.database_url, "PATH": "/usr/bin:/bin"},
+            stderr=out,
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while "running on " not in log.read_text():
+            assert server.poll() is None
+            assert time.monotonic() < deadline
+            threading.Event().wait(0.05)
+        address = log.read_text().split("running on ")[1].split()[0]
+        url = f"{address}/v1/jobs/{job_id}/events"
+        with httpx.stream("GET", url, timeout=DEADLINE_S) as response:
+            assert next(response.iter_lines()) == "id: 1"
+            server.terminate()
+            assert server.wait(timeout=10) is not None
+    finally:
+        server.kill()
+        server.wait()
