@@ -206,6 +206,24 @@ def test_the_crossing_is_the_first_strict_rise(search):
     assert result.eta_lower <= 0.1 < result.eta_upper
 
 
+@both_searches
+@pytest.mark.parametrize("slope", [None, -1.0])
+@pytest.mark.parametrize("eta_init", [1e-9, 1e-7, 1e-5, 1e-3, 1.0])
+def test_losses_rounded_to_fp32_do_not_mislead_the_search(search, slope, eta_init):
+    # Between 2 and 4 fp32 numbers lie 2^-22 apart: below eta = 1e-7 this ray is all rounding. Its
+    # slope at the crossing is +1, so rounding moves that by 2^-22 at most.
+    smooth = quadratic_ray(0.01)
+    result = find_critical_learning_rate(
+        lambda eta: round(smooth(eta) * 2**22) / 2**22,
+        eta_init=eta_init,
+        slope=slope,
+        search=search,
+    )
+    assert result.outcome is SearchOutcome.CONVERGED
+    assert result.eta_lower <= 0.01 + 2**-22
+    assert result.eta_upper >= 0.01 - 2**-22
+
+
 # ---- what it costs
 
 
