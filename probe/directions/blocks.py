@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CPU_BLOCK = 2**16  # elements: 256 KiB in fp32, so a formula's six or so operands stay in cache
+CPU_BLOCK = 2**18  # elements: temporaries of 1 MiB in fp32, re-used by the allocator and cached
 DEVICE_BLOCK = 2**24  # a GPU wants few, large kernels: 64 MiB in fp32
 
 
