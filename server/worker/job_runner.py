@@ -29,6 +29,7 @@ R = TypeVar("R")
 
 _PROGRESS_INTERVAL_S = 0.25  # at most four progress events a second, and every change of phase
 _DATABASE_RETRY_S = 1.0
+_STOP_GRACE_S = 1.0
 
 
 class JobRunner:
@@ -134,9 +135,10 @@ class JobRunner:
         self, job_id: str, unit: Unit, attempt: int, failure: UnitFailedError
     ) -> None:
         """Note a failed try and wait for the next one, or raise the failure."""
-        if self._stopping.is_set():
-            # Whoever stops a machine ends every process at once: the unit did not fail, it was
-            # interrupted. The shutdown cancels this wait; the job goes on at the next start.
+        # Whoever stops a machine ends every process at once, the ranks perhaps before us: then
+        # the unit did not fail, it was interrupted. The shutdown cancels the endless wait; the
+        # job goes on at the next start.
+        if await asyncio.to_thread(self._stopping.wait, _STOP_GRACE_S):
             await asyncio.Event().wait()
         error = JobError(code=failure.code, message=failure.message, unit_id=unit.unit_id)
         await self._database(self._store.record_error, job_id, error)

@@ -203,6 +203,7 @@ class Lab:
                 env=os.environ | env,
                 stdout=out,
                 stderr=out,
+                start_new_session=True,  # so that a test can send Ctrl-C as a terminal does
             )
         self.workers.append(worker)
         return worker
@@ -220,6 +221,9 @@ class Lab:
         self.until(
             lambda: self.journal(job_id, "start").count(index) >= times, f"unit {index} to start"
         )
+
+    def until_deaf(self, job_id: str, index: int) -> None:
+        self.until(lambda: index in self.journal(job_id, "deaf"), f"unit {index} to fall silent")
 
     def until_status(self, job_id: str, *statuses: str) -> JobView:
         return self.until(

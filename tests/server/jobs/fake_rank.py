@@ -2,7 +2,8 @@
 
 `spec["acts"]` maps a unit id to a list with one entry per try, the last one repeated:
 `ok` (default), `hold` (wait until the file `release` is there), `error` (retryable), `fatal`
-(not retryable), `exit` (end without a word), `silent` (never answer), `nonsense` (not a result).
+(not retryable), `exit` (end without a word), `silent` (never answer), `stubborn` (nor heed
+SIGTERM), `nonsense` (not a result).
 Every step is added to `spec["journal"]`, a file that outlives every process.
 
 The result's eta_c is twice the hint (1.0 without one), so the final numbers tell whether hints
@@ -64,8 +65,12 @@ def measure(spec: dict, unit: dict, eta_init: dict | None, send, connection) -> 
         sys.stderr.write("the rank says goodbye\n")
         sys.stderr.flush()
         os._exit(3)
-    elif act == "silent":
-        signal.pause()
+    elif act in ("silent", "stubborn"):
+        if act == "stubborn":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        note(journal, "deaf", unit_id)
+        while True:
+            signal.pause()
     elif act == "nonsense":
         send({"type": "result", "unit_id": unit_id, "result": {"unit": unit}})
         return

@@ -1,5 +1,6 @@
 """The store's promises, on SQLite; the worker's side of it is in test_worker and test_kill."""
 
+import fcntl
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -211,10 +212,22 @@ def test_many_processes_may_open_a_new_database_at_once(tmp_path):
     with stores[0].engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+        assert connection.connection.dbapi_connection.isolation_level == "IMMEDIATE"
         assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == queue.BUSY_TIMEOUT_MS
         assert connection.scalars(sa.select(tables.schema_version.c.version)).all() == [1]
     for store in stores:
         store.close()
+
+
+def test_tables_are_made_by_one_process_at_a_time(tmp_path):
+    opening = threading.Thread(target=lambda: SqlStore(f"sqlite:///{tmp_path / 'new.db'}").close())
+    with (tmp_path / "new.db.migrate-lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        opening.start()
+        opening.join(0.3)
+        assert opening.is_alive()
+    opening.join(30)
+    assert not opening.is_alive()
 
 
 def test_a_newer_database_is_refused_and_a_broken_one_is_not_ready(store):

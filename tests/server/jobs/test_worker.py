@@ -1,9 +1,13 @@
 """Workers as real processes: order, hints, retries, failures, queues, names, orderly stops."""
 
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from server.worker.processes import marked_processes
 
@@ -110,9 +114,9 @@ def test_a_worker_takes_jobs_only_from_its_queues(lab):
 
 
 def test_cancelling_ends_a_running_jobs_gang_and_keeps_finished_units(lab):
-    job_id, following = lab.submit({1: ["hold"]}), lab.submit()
+    job_id, following = lab.submit({1: ["stubborn"]}), lab.submit()
     worker = lab.start_worker()
-    lab.until_started(job_id, 1)
+    lab.until_deaf(job_id, 1)
     assert lab.store.cancel_job(job_id).status == "cancelled"
     lab.until_status(following, "succeeded")
     assert not set(lab.children()) & {lab.rank_pid(job_id)}
@@ -141,23 +145,42 @@ def test_a_job_cancelled_while_queued_or_while_waiting_to_retry_never_goes_on(la
     assert lab.job(queued).status == lab.job(waiting).status == "cancelled"
 
 
-def test_a_stopped_worker_leaves_its_job_for_the_next_start(lab):
-    job_id = lab.submit({1: ["hold"]})
-    for number in (signal.SIGTERM, signal.SIGINT):
-        worker = lab.start_worker()
-        lab.until_started(job_id, 1, times=1 if number == signal.SIGTERM else 2)
-        worker.send_signal(number)
-        assert worker.wait(15) == 0, lab.output()
-        assert lab.processes() == {}
-        assert lab.job(job_id).status == "running"
-        assert [view.alive for view in lab.store.list_workers()] == [False]
-    lab.release(job_id)
+def stop_by_sigterm(lab: Any, worker: Any, rank: int) -> None:
+    worker.send_signal(signal.SIGTERM)
+
+
+def stop_by_ctrl_c(lab: Any, worker: Any, rank: int) -> None:
+    os.killpg(worker.pid, signal.SIGINT)  # a terminal sends it to every process of the group
+
+
+def stop_as_a_machine_does(lab: Any, worker: Any, rank: int) -> None:
+    os.kill(rank, signal.SIGKILL)
+    lab.until(lambda: not Path(f"/proc/{rank}").exists(), "the worker to see its rank's end")
+    worker.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("stop", "act"),
+    [(stop_by_sigterm, "stubborn"), (stop_by_ctrl_c, "hold"), (stop_as_a_machine_does, "silent")],
+)
+def test_a_stopped_worker_leaves_its_job_for_the_next_start(lab, stop, act):
+    job_id = lab.submit({1: [act, "ok"]})
+    worker = lab.start_worker(unit_max_attempts=1)
+    lab.until_started(job_id, 1)
+    if act != "hold":
+        lab.until_deaf(job_id, 1)
+    stop(lab, worker, lab.rank_pid(job_id))
+    assert worker.wait(30) == 0, lab.output()
+    assert lab.processes() == {}
+    assert lab.job(job_id).status == "running"
+    assert [view.alive for view in lab.store.list_workers()] == [False]
     lab.start_worker()
     assert lab.until_status(job_id, "succeeded", "failed").status == "succeeded"
-    assert lab.journal(job_id, "start") == [0, 1, 1, 1, 2]
+    assert lab.journal(job_id, "start") == [0, 1, 1, 2]
     assert eta_c(lab, job_id) == EXPECTED_ETA_C
     assert "unit.retrying" not in lab.event_types(job_id)
     assert "Traceback" not in lab.output()
+    assert "KeyboardInterrupt" not in (lab.data_dir / "logs" / f"{job_id}.log").read_text()
 
 
 def test_two_workers_of_one_name_cannot_run(lab):
