@@ -225,5 +225,5 @@ def register(app: typer.Typer) -> None:
         app,
         run,
         "probe run configs/demo-series.yaml --plan",
-        "probe run configs/demo-series.yaml --set measurement.search=bisect --out r.json",
+        "probe run configs/demo-series.yaml --set model.dtype=bfloat16 --out r.json",
     )
