@@ -79,7 +79,7 @@ class _HeadNll(torch.autograd.Function):
         size = max(1, HEAD_BUFFER_BYTES // (log_norm.element_size() * _TILE_COLUMNS))
         for tile in _blocks(weight.shape[0], _TILE_COLUMNS):
             tile_weight = weight[tile]  # (tile, hidden)
-            tile_grad = torch.zeros_like(tile_weight, dtype=log_norm.dtype)
+            tile_grad = _zeros_to_add_to(grad_weight[tile], log_norm.dtype)
             tile_bias = torch.zeros_like(tile_grad[:, 0])
             for block in _blocks(rows.numel(), size):
                 inputs = hidden.index_select(0, rows[block])
@@ -90,14 +90,28 @@ class _HeadNll(torch.autograd.Function):
                 logits.sub_(log_norm[block, None]).exp_()
                 _subtract_one_hot(logits, targets[block] - tile.start)
                 logits.mul_(grad_nll[block, None])
-                grad_rows[block] += _product(logits, tile_weight)
-                tile_grad += _product(logits.t(), inputs)
+                _add_product(grad_rows[block], logits, tile_weight)
+                _add_product(tile_grad, logits.t(), inputs)
                 tile_bias += logits.sum(0)
-            grad_weight[tile] = tile_grad
+            if weight.dtype != log_norm.dtype:
+                grad_weight[tile] = tile_grad
             if grad_bias is not None:
                 grad_bias[tile] = tile_bias
         grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_rows.to(hidden.dtype))
         return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def _zeros_to_add_to(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """`out` itself, zeroed, where it has the dtype sums are kept in; else zeros in that dtype."""
+    return out.zero_() if out.dtype == dtype else torch.zeros_like(out, dtype=dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """In place: total += left @ right, without a temporary where the dtypes allow."""
+    if left.dtype == right.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += _product(left, right)
 
 
 def _subtract_one_hot(probabilities: Tensor, columns: Tensor) -> None:
