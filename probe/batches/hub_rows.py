@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from probe.batches.readers import Row
 from probe.errors import BatchError, BatchUnavailableError
 from probe.spec import HubData
+from probe.transport import is_transport_failure
 
 
 def read_hub_rows(source: HubData) -> Iterator[Row]:
@@ -39,26 +40,6 @@ def read_hub_rows(source: HubData) -> Iterator[Row]:
         raise
     except Exception as error:  # datasets raises what each of its layers happens to raise
         message = f"{what}, split {source.split!r}, after row {number}: {error}"
-        if _is_transport(error):
+        if is_transport_failure(error):
             raise BatchUnavailableError(message) from error
         raise BatchError(message) from error
-
-
-def _is_transport(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is the network's rather than the request's."""
-    import httpx
-
-    while error is not None:
-        if isinstance(error, ConnectionError | TimeoutError | httpx.TransportError):
-            return True
-        response = getattr(error, "response", None)
-        if response is not None and getattr(response, "status_code", 0) in (
-            429,
-            500,
-            502,
-            503,
-            504,
-        ):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -6,6 +6,7 @@ are read by flat range straight from the file, so no rank ever needs a whole mod
 """
 
 import difflib
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from probe.checkpoints.fetch import TOKENIZER, fetch
 from probe.checkpoints.header import ITEM_BYTES, StoredTensor
 from probe.checkpoints.layout import HOW_TO_CONVERT, Layout, read_config, read_layout
 from probe.checkpoints.quiet import quiet_transformers
@@ -223,14 +225,14 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Tokenizer:
 
     Raises:
         CheckpointError: There is none, or it needs code from the checkpoint.
+        CheckpointUnavailableError: It is on the hub, which cannot be reached.
     """
     directory = Path(name).expanduser()
-    is_local = directory.is_dir()
-    if (
-        is_local
-        and gguf_file is None
-        and not any((directory / f).is_file() for f in TOKENIZER_FILES)
-    ):
+    if not directory.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise CheckpointError(f"{name}: no such directory, and no hub id (owner/name) either")
+        directory = fetch(name, None, TOKENIZER)
+    if gguf_file is None and not any((directory / file).is_file() for file in TOKENIZER_FILES):
         raise CheckpointError(
             f"{directory}: no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}. "
             "Set model.tokenizer to a directory or hub id"
@@ -238,10 +240,7 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Tokenizer:
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-            str(directory) if is_local else name,
-            local_files_only=is_local,
-            trust_remote_code=False,
-            **options,
+            str(directory), local_files_only=True, trust_remote_code=False, **options
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
         raise CheckpointError(f"{name}: no usable tokenizer: {_first_line(error)}") from error

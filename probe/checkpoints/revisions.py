@@ -5,8 +5,7 @@ import re
 from collections.abc import Sequence
 
 from probe.errors import CheckpointError, CheckpointUnavailableError
-
-_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+from probe.transport import is_transport_failure
 
 
 def matching_revisions(repo: str, patterns: Sequence[str]) -> list[str]:
@@ -71,18 +70,12 @@ def hub_error(error: Exception, what: str) -> CheckpointError:
         CheckpointUnavailableError for the network and a busy hub, CheckpointError for a
         repository or revision that does not exist or may not be read.
     """
-    import httpx
-    from huggingface_hub import errors as hub
+    from huggingface_hub.errors import GatedRepoError
 
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     message = f"{what}: {first}"
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
-    if isinstance(error, hub.GatedRepoError):
+    if isinstance(error, GatedRepoError):
         return CheckpointError(f"{message}. Accept its terms on the hub and log in (hf auth login)")
-    if status is not None and status not in _TRANSIENT:
-        return CheckpointError(message)
-    network = (httpx.TransportError, ConnectionError, TimeoutError, hub.LocalEntryNotFoundError)
-    if status is not None or isinstance(error, network):
+    if is_transport_failure(error):
         return CheckpointUnavailableError(message)
     return CheckpointError(message)

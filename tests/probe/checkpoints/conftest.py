@@ -64,3 +64,11 @@ def saved(trained: Trained, tmp_path: Path) -> Path:
 @pytest.fixture
 def make_model() -> Callable[..., Olmo2ForCausalLM]:
     return small_model
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

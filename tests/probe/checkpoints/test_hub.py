@@ -32,7 +32,7 @@ def hub(saved, tmp_path, monkeypatch):
                 shutil.copy(path, target)
         return str(target)
 
-    monkeypatch.setattr("probe.checkpoints.hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("probe.checkpoints.fetch.snapshot_download", snapshot_download)
     return asked
 
 
@@ -69,7 +69,7 @@ def test_download_failures_say_whether_to_try_again(monkeypatch, error, retryabl
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("probe.checkpoints.hub.snapshot_download", fail)
+    monkeypatch.setattr("probe.checkpoints.fetch.snapshot_download", fail)
     with pytest.raises(CheckpointError, match="someone/model at step2: ") as caught:
         open_checkpoint(REF)
     assert isinstance(caught.value, CheckpointUnavailableError) is retryable
