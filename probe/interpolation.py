@@ -83,10 +83,11 @@ def _root_of_line(first: Point, second: Point) -> float | None:
 
 
 def _root_of_hyperbola(first: Point, second: Point, third: Point) -> float | None:
-    """Root of phi = (a + b eta) / (1 + c eta) through three points, or None without one.
+    """Root of phi = (a + b eta) / (1 + c eta) through three points.
 
-    In u = eta - eta_1 and v = phi - phi_1, with p the middle point as origin, the hyperbola is
-    v = s u / (1 + c u); two differences fix s and c, and v = -phi_1 gives the root.
+    With the middle point as origin, u = eta - eta_1 and v = phi - phi_1, it reads
+    v = s u / (1 + c u). The outer points fix s and c, and v = -phi_1 gives the root. None unless
+    phi rises all the way through points and root: beyond a pole the curve is another one.
     """
     eta_1, phi_1 = second
     u_0, v_0 = first[0] - eta_1, first[1] - phi_1
@@ -99,7 +100,8 @@ def _root_of_hyperbola(first: Point, second: Point, third: Point) -> float | Non
     one_over_s = ratio_0 - c_over_s * u_0
     # -phi_1 (1 + c u) = s u, divided by s.
     denominator = 1.0 + phi_1 * c_over_s
-    if denominator == 0.0:
+    on_one_rising_branch = min(ratio_0, ratio_2, one_over_s, denominator) > 0.0
+    if not on_one_rising_branch:
         return None
     return eta_1 - phi_1 * one_over_s / denominator
 
