@@ -27,12 +27,14 @@ check: $(READY)  ## format, lint, types, generated pages
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m docs.make_cli_page --check
+	$(BIN)/python -m docs.make_jobs_page --check
 
 bench: $(READY)  ## quick run of every benchmark: ours beside the baseline, as ratios
 	for script in benchmarks/*.py; do $(BIN)/python $$script --quick || exit 1; done
 
 docs: $(READY)  ## write the pages that are generated from the code
 	$(BIN)/python -m docs.make_cli_page
+	$(BIN)/python -m docs.make_jobs_page
 
 clean:
 	rm -rf $(VENV) demo-out .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,99 @@
+"""What the README and the docs promise: commands exist, code runs and prints what is shown."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from clients.cli.main import app
+from probe.spec_load import load_spec
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def commands(word: str) -> list[tuple[str, str]]:
+    """(page, line) of every shell line in the docs and job files that starts with `word`."""
+    found = []
+    for page in PAGES:
+        for language, text in BLOCK.findall(page.read_text()):
+            if language in ("bash", "sh"):
+                found += [(page.name, line) for line in text.splitlines()]
+    for file in CONFIGS:
+        found += [(file.name, line.lstrip("# ")) for line in file.read_text().splitlines()]
+    lines = [(page, line.split("  #")[0].strip()) for page, line in found]
+    return sorted({(page, line) for page, line in lines if line.split(" ")[0] == word})
+
+
+@pytest.mark.parametrize(("page", "line"), commands("make"))
+def test_make_targets_exist(page: str, line: str) -> None:
+    done = subprocess.run(["make", "-n", *line.split()[1:]], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("page", "line"), commands("probe"))
+def test_probe_commands_parse(page: str, line: str) -> None:
+    """Every word of a documented command is a command, an option or an argument of today's."""
+    command = typer.main.get_command(app)
+    words = line.split()[1:]
+    while words and words[0] in getattr(command, "commands", {}):
+        command = command.commands[words.pop(0)]  # type: ignore[attr-defined]
+    assert not getattr(command, "commands", {}), f"{page}: {line} names no command"
+    with command.make_context(line, words, resilient_parsing=False):
+        pass
+
+
+def test_the_readmes_loop_prints_what_it_shows() -> None:
+    blocks = BLOCK.findall((ROOT / "README.md").read_text())
+    code = next(text for language, text in blocks if language == "python")
+    shown = next(text for language, text in blocks if language == "text")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == shown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}, which is missing"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=str)
+def test_files_named_in_backticks_exist(page: Path) -> None:
+    for name in re.findall(
+        r"`((?:probe|server|clients|configs|tests|benchmarks)/[\w./-]+)`", page.read_text()
+    ):
+        assert (ROOT / name).exists(), f"{page.name} names {name}, which is missing"
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_job_files_are_valid(file: Path) -> None:
+    load_spec(file)
+
+
+@pytest.mark.parametrize("name", ["olmo2-1b-series.yaml", "olmo2-7b-series.yaml"])
+def test_olmo2_jobs_are_planned_offline(name: str, tmp_path: Path) -> None:
+    """No network, no model: the plan knows the units, their tokens and the true learning rates."""
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": ""}
+    command = [str(Path(sys.executable).with_name("probe")), "run", f"configs/{name}", "--plan"]
+    done = subprocess.run(
+        [*command, "--json"], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    plan = yaml.safe_load(done.stdout)
+    assert len(plan["units"]) == 10
+    spec = load_spec(ROOT / "configs" / name)
+    last = plan["units"][-1]
+    assert last["learning_rate"] < 0.5 * spec.schedule.peak
+    tokens_per_step = {"olmo2-1b-series.yaml": 512 * 4096, "olmo2-7b-series.yaml": 1024 * 4096}[
+        name
+    ]
+    for unit in plan["units"]:
+        tokens = unit["checkpoint"]["step"] * tokens_per_step
+        assert 0 <= unit["checkpoint"]["num_tokens"] - tokens < 1e9, unit  # names round up to 1B
