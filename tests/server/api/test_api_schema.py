@@ -3,11 +3,14 @@
 Every answer must have a status, a media type and a body that the description names.
 """
 
+import copy
+import json
 from typing import Any, cast
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis import checks as known
@@ -20,6 +23,7 @@ from probe.spec import HubCheckpoints
 from server.api.app import create_app
 from server.settings import Settings
 
+JSON_TYPE = {"Content-Type": "application/json"}
 CHECKS = [
     known.not_a_server_error,
     known.status_code_conformance,
@@ -74,3 +78,60 @@ def test_every_operation_keeps_to_its_description(app, without_hub, submitted, p
     except Unsatisfiable:
         # An operation without anything to get wrong has no negative cases.
         assert mode is GenerationMode.NEGATIVE
+
+
+READ_A_JOB = [path for path, method in OPERATIONS if "{job_id}" in path and method == "get"]
+
+
+@pytest.mark.parametrize("path", READ_A_JOB)
+@pytest.mark.parametrize("query", [{}, {"format": "csv"}, {"format": "png"}])
+def test_answers_about_a_real_job_keep_to_the_description(
+    app, store, submitted, end_job, make_unit_result, path, query
+):
+    store.record_unit(submitted, make_unit_result(0, 100))
+    end_job(submitted)
+    described = schemathesis.openapi.from_asgi("/openapi.json", app, headers={"Host": "localhost"})
+    case = described[path]["get"].Case(path_parameters={"job_id": submitted}, query=query)
+    checks = [check for check in CHECKS if check is not known.negative_data_rejection]
+    case.call_and_validate("http://localhost", checks=checks)
+
+
+def places(value, path=()):
+    """Every place in a JSON value, the whole left out."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, below in inner:
+        yield (*path, key)
+        if isinstance(below, dict | list):
+            yield from places(below, (*path, key))
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=20) | st.sampled_from(["", "/", "*", "**", "\0", "(", "1e999", "a/b"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)  # fmt: skip
+
+
+def test_a_good_job_with_one_value_changed_is_planned_or_refused(client, spec, without_hub):
+    full = client.post("/v1/jobs:plan", json=spec).json()["spec"]  # every default spelled out
+    everywhere = sorted(places(full), key=str)
+    statuses = set()
+
+    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @given(st.sampled_from(everywhere), JSON_VALUES)
+    def check(place, value):
+        changed = copy.deepcopy(full)
+        target = changed
+        for key in place[:-1]:
+            target = target[key]
+        target[place[-1]] = value
+        answer = client.post("/v1/jobs:plan", content=json.dumps(changed), headers=JSON_TYPE)
+        statuses.add(answer.status_code)
+        assert answer.status_code in (200, 422), answer.text
+        if answer.status_code == 422:
+            problem = answer.json()
+            assert problem["errors"] or problem["code"] in ("config_error", "checkpoint_error")
+
+    check()
+    assert statuses == {200, 422}
