@@ -42,6 +42,7 @@ def test_two_points_make_a_straight_line():
         [(0.0, -1.0), (1.0, -1.0)],  # parallel to the axis
         [(0.0, -1.0), (1.0, -1.5)],  # falling ever faster: its root lies behind
         [(0.0, -1.0), (0.5, -1.1), (1.0, -1.5)],
+        [(0.95, -0.01), (1.0, -0.02)],  # close behind, yet behind
     ],
 )
 def test_points_that_place_no_crossing_ahead_give_none(points):

@@ -406,6 +406,24 @@ def test_a_loss_that_is_not_finite_counts_as_a_rise(search, beyond, eta_init):
 
 
 @both_searches
+@given(eta_c=etas, share=st.floats(0.2, 3.0), eta_init=etas, slope=slopes)
+def test_one_kind_of_diverged_loss_is_like_another(search, eta_c, share, eta_init, slope):
+    tried = [
+        [
+            eta
+            for eta, _ in find_critical_learning_rate(
+                walled_ray(eta_c, share * eta_c, beyond),
+                eta_init=eta_init,
+                slope=slope,
+                search=search,
+            ).trials
+        ]
+        for beyond in (math.nan, math.inf, -math.inf)
+    ]
+    assert tried[0] == tried[1] == tried[2]
+
+
+@both_searches
 def test_the_budget_ends_a_search_with_the_bracket_it_has(search):
     result = find_critical_learning_rate(
         step_ray(0.1, drop=1.0, rise=1e6), eta_init=0.09, search=search, max_forward_passes=4
