@@ -44,25 +44,27 @@ def show(
         print_json(facts)
         return
     from rich.table import Table
+    from rich.text import Text
 
     console = stdout_console()
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     more = " (more were not read; raise --limit)" if facts["is_cut"] else ""
-    table.add_row("file", f"{file} ({byte_size(facts['size_bytes'])})")
+    table.add_row("file", Text(f"{file} ({byte_size(facts['size_bytes'])})"))
     table.add_row("documents", f"{facts['num_documents']}{more}")
-    table.add_row("fields", ", ".join(f"{k} ({v})" for k, v in facts["fields"].items()))
+    fields = ", ".join(f"{k} ({v})" for k, v in facts["fields"].items())
+    table.add_row("fields", Text(fields))
     length = facts["characters"]
     if length is not None:
         table.add_row(
-            f"{field}, characters",
+            Text(f"{field}, characters"),
             f"{length['total']} in all; {length['min']} / {length['median']} / {length['max']} "
             "shortest / median / longest",
         )
         table.add_row("empty", str(facts["num_empty"]))
     else:
-        table.add_row(field, "no such field; --field names another")
+        table.add_row(Text(field), "no such field; --field names another")
     console.print(table)
     for index, row in enumerate(facts["first"]):
         console.print(f"\n[bold]{index}[/bold]")

@@ -127,7 +127,8 @@ def list_jobs(
     if not shown:
         say("no jobs")
         return
-    stdout_console().print(jobs_table(shown, now=dt.datetime.now(dt.UTC)))
+    console = stdout_console()
+    console.print(jobs_table(shown, now=dt.datetime.now(dt.UTC), width=console.width))
     if has_more:
         say(f"there are more; --limit {limit * 5} shows more")
 

@@ -31,7 +31,7 @@ class SeriesProgress:
     finished: set[int] = field(default_factory=set)
     num_passes: int = 0  # of finished units
     running: dict[int, dict[str, Any]] = field(default_factory=dict)  # index -> last progress
-    state: str = "queued"
+    state: str = ""
     started_s: float | None = None  # when the first unit began, by the caller's clock
     finished_before_start: int = 0  # units that an earlier worker or a first page had finished
 

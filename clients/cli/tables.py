@@ -1,6 +1,7 @@
 """Rich tables of jobs, results, checkpoints and plans, made to fit 80 columns.
 
-Colour repeats what a word already says; it never carries meaning alone.
+Colour repeats what a word already says; it never carries meaning alone. What users have named is
+wrapped in `Text`, so that brackets in it are not read as markup.
 """
 
 import datetime as dt
@@ -14,6 +15,7 @@ from probe.result import CheckpointRef, Plan, Summary, UnitResult
 from server.wire import JobView
 
 NONE = "-"
+_WIDE = 100
 _STATUS_STYLE = {
     "queued": "yellow",
     "running": "cyan",
@@ -95,7 +97,7 @@ def results_table(results: Sequence[UnitResult], *, title: str | None = None) ->
     for result in results:
         for summary in result.summaries:
             table.add_row(
-                result.unit.checkpoint.label,
+                Text(result.unit.checkpoint.label),
                 summary.loss_batch,
                 lambda_text(summary, result.stability_threshold),
                 bracket_text(summary),
@@ -127,23 +129,34 @@ def bracket_text(summary: Summary) -> Text:
     return text
 
 
-def jobs_table(jobs: Iterable[JobView], *, now: dt.datetime) -> Table:
-    """One row per job, newest first as the server sends them."""
+def jobs_table(jobs: Iterable[JobView], *, now: dt.datetime, width: int) -> Table:
+    """One row per job, newest first as the server sends them; ids are never cut.
+
+    Args:
+        jobs: The jobs.
+        now: What ages are counted from.
+        width: Of the terminal: a narrow one gets shorter names and no passes.
+    """
+    is_wide = width >= _WIDE
     table = plain_table()
-    table.add_column("id", overflow="fold", min_width=8)
-    table.add_column("name", overflow="ellipsis", no_wrap=True, max_width=28)
+    table.add_column("id", no_wrap=True)
+    table.add_column(
+        "name", overflow="ellipsis", no_wrap=True, max_width=max(8, width - (68 if is_wide else 66))
+    )
     table.add_column("status", no_wrap=True)
     table.add_column("units", justify="right", no_wrap=True)
-    table.add_column("passes", justify="right", no_wrap=True)
+    if is_wide:
+        table.add_column("passes", justify="right", no_wrap=True)
     table.add_column("age", justify="right", no_wrap=True)
     for job in jobs:
         missing = f" ({job.num_units_without_answer} none)" if job.num_units_without_answer else ""
+        passes = [str(job.num_forward_passes)] if is_wide else []
         table.add_row(
             job.id,
-            job.name,
+            Text(job.name),
             status_text(job.status),
             f"{job.num_units_finished}/{job.num_units}{missing}",
-            str(job.num_forward_passes),
+            *passes,
             age(job.created_at, now),
         )
     return table
@@ -164,7 +177,7 @@ def job_table(job: JobView) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("id", job.id)
-    table.add_row("name", job.name)
+    table.add_row("name", Text(job.name))
     table.add_row("kind", job.kind)
     table.add_row("status", status_text(job.status))
     if job.error is not None:
@@ -185,7 +198,7 @@ def job_table(job: JobView) -> Table:
     if job.started_at and job.finished_at:
         table.add_row("took", duration((job.finished_at - job.started_at).total_seconds()))
     if job.labels:
-        table.add_row("labels", ", ".join(f"{k}={v}" for k, v in sorted(job.labels.items())))
+        table.add_row("labels", Text(", ".join(f"{k}={v}" for k, v in sorted(job.labels.items()))))
     table.add_row("spec sha256", job.spec_sha256)
     return table
 
@@ -207,7 +220,7 @@ def checkpoints_table(checkpoints: Iterable[CheckpointRef]) -> Table:
             ref.format or "?",
             moments,
             byte_size(ref.size_bytes),
-            ref.revision or ref.location,
+            Text(ref.revision or ref.location),
         )
     return table
 
@@ -219,7 +232,7 @@ def plan_table(plan: Plan) -> Table:
     table.add_column(overflow="fold")
     first, last = plan.units[0].checkpoint.label, plan.units[-1].checkpoint.label
     span = first if len(plan.units) == 1 else f"{first} to {last}"
-    table.add_row("units", f"{len(plan.units)} ({span})")
+    table.add_row("units", Text(f"{len(plan.units)} ({span})"))
     table.add_row(
         "forward passes",
         f"about {plan.num_forward_passes}, at most {plan.max_forward_passes}",
@@ -231,6 +244,6 @@ def plan_table(plan: Plan) -> Table:
     if plan.memory_bytes is not None:
         table.add_row("memory", f"about {byte_size(plan.memory_bytes)}, activations left out")
     for note in plan.notes:
-        table.add_row("note", note)
+        table.add_row("note", Text(note))
     table.add_row("spec sha256", plan.spec_sha256)
     return table

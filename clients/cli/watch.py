@@ -89,10 +89,11 @@ def show_event(display: "ProgressDisplay", event: Event) -> None:
     elif event.type == "unit.retrying":
         display.remark(f"{display.label(index)}: tried again after {_reason(values)}", "yellow")
     elif event.type.startswith("job."):
-        progress.state = event.type.removeprefix("job.")
+        before, progress.state = progress.state, event.type.removeprefix("job.")
+        again = " again: its worker was started anew" if before == progress.state else ""
         reason = f": {_reason(values)}" if event.type == "job.failed" else ""
         style = {"job.failed": "red", "job.cancelled": "yellow"}.get(event.type, "")
-        display.remark(f"{progress.state}{reason}", style)
+        display.remark(f"{progress.state}{again}{reason}", style)
 
 
 def summaries_in(values: dict[str, Any]) -> tuple[list[Summary], float | None]:

@@ -207,6 +207,35 @@ def test_watch_ends_as_the_job_did(
         assert "no crossing" in done.stdout
 
 
+def test_watch_says_when_a_job_runs_again(probe: Any, wire: Any) -> None:
+    watched(probe, wire, "succeeded", [800.0])
+    again = wire.event(2, "job.running")
+    events = [*probe.server.events[:2], again, *probe.server.events[2:]]
+    probe.server.events = [event | {"id": i} for i, event in enumerate(events, start=1)]
+    lines = probe("watch", "job_01aa").stderr.splitlines()
+    assert lines[:3] == ["queued", "running", "running again: its worker was started anew"]
+
+
+def test_names_are_not_read_as_markup(probe: Any, wire: Any) -> None:
+    probe.server.jobs = [wire.job("job_01aa", name="[red]a[/red]", labels={"k": "[b]"})]
+    assert "[red]a[/red]" in probe("list").stdout
+    shown = probe("show", "job_01aa").stdout
+    assert "[red]a[/red]" in shown
+    assert "k=[b]" in shown
+
+
+def test_a_table_of_jobs_fits_80_columns(
+    probe: Any, wire: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    job_id = "job_" + "0" * 26
+    probe.server.jobs = [wire.job(job_id, "cancelled", name="n" * 60, num_units_without_answer=1)]
+    rows = probe("list").stdout.splitlines()
+    assert len(rows) == 3
+    assert job_id in rows[2]
+    assert max(map(len, rows)) <= 80
+
+
 def test_watch_json_is_the_events(probe: Any, wire: Any) -> None:
     watched(probe, wire, "succeeded", [800.0])
     done = probe("watch", "job_01aa", "--json")
