@@ -112,24 +112,29 @@ class Session:
             num_backward_passes=meter.num_backward_passes,
             duration_s=time.perf_counter() - clock,
             memory_bytes=memory.peak_bytes(),
-            provenance=Provenance(
-                spec_sha256=spec_sha256(self.spec),
-                versions=package_versions(),
-                git_commit=git_commit(),
-                device=device_name(self.device),
-                dtype=self.spec.model.dtype,
-                backend="single",
-                num_ranks=model.num_ranks,
-                attention=self.attention,
-                moments=checkpoint.moments.source,
-                moments_detail=checkpoint.moments.detail,
-                num_parameters=model.num_parameters,
-                memory_kind=memory.kind,
-                head_path=loss.head_path,
-                hostname=platform.node(),
-                started_at=started_at,
-                finished_at=dt.datetime.now(dt.UTC),
-            ),
+            provenance=self._provenance(checkpoint, memory.kind, started_at),
+        )
+
+    def _provenance(
+        self, checkpoint: "_Checkpoint", memory_kind: str, started_at: dt.datetime
+    ) -> Provenance:
+        return Provenance(
+            spec_sha256=spec_sha256(self.spec),
+            versions=package_versions(),
+            git_commit=git_commit(),
+            device=device_name(self.device),
+            dtype=self.spec.model.dtype,
+            backend="single",
+            num_ranks=checkpoint.model.num_ranks,
+            attention=self.attention,
+            moments=checkpoint.moments.source,
+            moments_detail=checkpoint.moments.detail,
+            num_parameters=checkpoint.model.num_parameters,
+            memory_kind=memory_kind,
+            head_path=checkpoint.loss.head_path,
+            hostname=platform.node(),
+            started_at=started_at,
+            finished_at=dt.datetime.now(dt.UTC),
         )
 
     def _load(self, source: Source) -> tuple[SingleModel, CausalLoss]:

@@ -235,6 +235,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
     die_with_parent(os.getppid())
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        return 130  # as a shell reports it; whoever watches has no use for a traceback
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.socket is not None:
         return serve_socket(options.socket)
     # Libraries print; only events may reach stdout.

@@ -110,6 +110,7 @@ class RaySearch:
             [shard.live for shard in self._model.shards],
             [shard.base for shard in self._model.shards],
             delta,
+            exact=True,
         )
 
         def loss_at(eta: float) -> float:

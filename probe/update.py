@@ -7,21 +7,11 @@ import torch
 from torch import Tensor
 
 from probe.directions import adamw_direction, sgd_direction
+from probe.directions.blocks import inner_product
 from probe.errors import DirectionError
 from probe.moments import Moments
 from probe.parallel import Shard, ShardedModel
 from probe.spec import AdamW, Sgd
-
-_DOT_BLOCK = 2**22  # elements widened to fp64 at a time: 64 MiB for both factors
-
-
-def dot(left: Tensor, right: Tensor) -> float:
-    """Inner product of two flat tensors with fp64 products and sums, block by block."""
-    total = 0.0
-    for start in range(0, left.numel(), _DOT_BLOCK):
-        block = slice(start, start + _DOT_BLOCK)
-        total += float(torch.dot(left[block].double(), right[block].double()))
-    return total
 
 
 def weight_decay_of(name: str, optimizer: AdamW | Sgd) -> float:
@@ -39,7 +29,7 @@ def clip_scale(model: ShardedModel, grads: Sequence[Tensor | None], limit: float
     Raises:
         DirectionError: The gradient holds NaN or inf.
     """
-    squares = [0.0 if grad is None else dot(grad, grad) for grad in grads]
+    squares = [0.0 if grad is None else inner_product(grad, grad) for grad in grads]
     total = model.sum_over_ranks([sum(squares)])[0]
     if not total < float("inf"):
         bad = next(
@@ -98,7 +88,7 @@ class UpdateRule:
                 continue
             clipped = grad if scale == 1.0 else grad * scale
             step = self._shard_direction(index, shard, clipped)
-            descent += dot(step, grad)
+            descent += inner_product(step, grad)
             self._moments.absorb(index, clipped)
             delta.append(step)
         return delta, -self._model.sum_over_ranks([descent])[0]
@@ -131,5 +121,5 @@ def slope_along(
 ) -> float:
     """dL/d eta at 0 along theta - eta delta, for a loss whose gradient is given: -delta.g."""
     pairs = zip(delta, grads, strict=True)
-    total = sum(dot(step, grad) for step, grad in pairs if grad is not None)
+    total = sum(inner_product(step, grad) for step, grad in pairs if grad is not None)
     return -model.sum_over_ranks([total])[0]
