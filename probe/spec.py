@@ -199,7 +199,7 @@ class MeasurementOptions(_Spec):
         "interpolate", description="bisect is the paper's; both end with the same certificate."
     )
     rel_tol: float = Field(
-        1 / 16, gt=0, lt=1, description="Stop when 1 - eta_lower / eta_upper <= rel_tol."
+        1 / 16, ge=1e-9, lt=1, description="Stop when 1 - eta_lower / eta_upper <= rel_tol."
     )
     eta_init: float = Field(
         1e-3, gt=0, description="First eta tried; afterwards the last eta_c is."
