@@ -36,6 +36,7 @@ _LINE_LIMIT = 256 * 2**20  # bytes of one message: a result with very many repea
 _SOCKET_PATH_LIMIT = 100  # bytes; the kernel's limit is 107
 _TAIL_BYTES = 2000
 _EXIT_S = 5.0
+_SECRETS = ("PROBE_API_KEYS", "PROBE_DATABASE_URL")
 
 
 class UnitFailedError(Exception):
@@ -125,7 +126,7 @@ class Gang:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env=os.environ | {MARK: self._mark, "PYTHONUNBUFFERED": "1"},
+                env=_environment() | {MARK: self._mark, "PYTHONUNBUFFERED": "1"},
             )
         self._exited = asyncio.create_task(self._agent.wait())
 
@@ -221,6 +222,11 @@ class Gang:
                 status = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
         message = f"{what} ({status}); log {self._log_path} ends:\n{_tail(self._log_path)}"
         return UnitFailedError(UnitCrashedError.code, message, retryable=True)
+
+
+def _environment() -> dict[str, str]:
+    """Ours without what ranks have no use for: secrets."""
+    return {k: v for k, v in os.environ.items() if k not in _SECRETS}
 
 
 async def _first(*futures: asyncio.Future[Any]) -> None:

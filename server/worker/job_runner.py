@@ -74,6 +74,7 @@ class JobRunner:
             finally:
                 self._kill_gang(job_id)
                 self._plans.pop(job_id, None)
+                logger.info("%s ends here", job_id, extra={"event": "job.left", "job_id": job_id})
             return len(unit_ids)
 
     async def run_unit(self, job_id: str, index: int) -> str:

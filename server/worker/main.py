@@ -139,6 +139,9 @@ def _device() -> str:
 
 
 def _without_expected_ends(record: logging.LogRecord) -> bool:
-    """Drop DBOS's tracebacks for a failed unit and a cancelled job: we log both ourselves."""
+    """Drop what DBOS says of a failed unit, a cancelled job, a stop: ordinary, and told by us."""
     raised = record.exc_info[1] if record.exc_info else None
-    return not isinstance(raised, UnitFailedError | error.DBOSAwaitedWorkflowCancelledError)
+    if isinstance(raised, UnitFailedError | error.DBOSAwaitedWorkflowCancelledError):
+        return False
+    message = record.getMessage()
+    return "cancelled during execution" not in message and "task cancelled" not in message

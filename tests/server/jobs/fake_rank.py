@@ -3,7 +3,7 @@
 `spec["acts"]` maps a unit id to a list with one entry per try, the last one repeated:
 `ok` (default), `hold` (wait until the file `release` is there), `error` (retryable), `fatal`
 (not retryable), `exit` (end without a word), `silent` (never answer), `stubborn` (nor heed
-SIGTERM), `nonsense` (not a result).
+SIGTERM), `nonsense` (not a result), `pause` (take a moment, for the chaos run).
 Every step is added to `spec["journal"]`, a file that outlives every process.
 
 The result's eta_c is twice the hint (1.0 without one), so the final numbers tell whether hints
@@ -55,7 +55,9 @@ def measure(spec: dict, unit: dict, eta_init: dict | None, send, connection) -> 
     for done in range(3):
         data = {"phase": "search", "done": done, "total": 3, "num_forward_passes": done}
         send({"type": "progress", "unit_id": unit_id, "data": data})
-    if act == "hold":
+    if act == "pause":
+        time.sleep(0.2)
+    elif act == "hold":
         wait_for_release(Path(spec["release"]), connection)
     elif act in ("error", "fatal"):
         error = {"type": "error", "unit_id": unit_id, "code": "fake_error", "traceback": ""}
