@@ -5,7 +5,7 @@ keeps a second copy. Unit results are keyed (job_id, unit_index): the first one 
 SQLite (WAL) by default, Postgres by the same code.
 """
 
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
@@ -15,63 +15,9 @@ from server import queue, tables
 from server.errors import IdempotencyConflictError, StoreNotReadyError
 from server.job_ids import new_job_id
 from server.job_views import finished_data, job_view, job_views, time_of
+from server.store_protocol import Store as Store
 from server.tables import events, job_labels, jobs, unit_results, workers
 from server.wire import TERMINAL, Event, EventType, JobError, JobStatus, JobView, WorkerView
-
-
-class Store(Protocol):
-    """What the HTTP layer and the worker need from the database. Thread-safe, synchronous."""
-
-    def create_job(
-        self, *, plan: Plan, idempotency_key: str | None, body_sha256: str
-    ) -> tuple[JobView, bool]:
-        """Record a job and put it on the queue; (view, True), or (the earlier one, False).
-
-        Raises:
-            IdempotencyConflictError: the key was used with another body.
-        """
-
-    def earlier_job(self, idempotency_key: str, body_sha256: str) -> JobView | None:
-        """The job this key made, if it made one; raises as `create_job` does."""
-
-    def get_job(self, job_id: str) -> JobView | None: ...
-
-    def list_jobs(
-        self,
-        *,
-        status: str | None = None,
-        kind: str | None = None,
-        labels: dict[str, str] | None = None,
-        after: str | None = None,
-        limit: int = 50,
-    ) -> tuple[list[JobView], bool]:
-        """Newest first; `after` is the id of the last job of the page before."""
-
-    def count_jobs(self) -> dict[str, int]:
-        """Number of jobs in each state, zeros included."""
-
-    def cancel_job(self, job_id: str) -> JobView | None:
-        """Cancel a queued or running job; a finished one is returned unchanged."""
-
-    def get_plan(self, job_id: str) -> Plan | None: ...
-
-    def record_unit(self, job_id: str, result: UnitResult) -> bool:
-        """Store a unit's result once, with its `unit.finished`; False when it was there already."""
-
-    def unit_results(self, job_id: str) -> list[UnitResult]: ...
-
-    def append_event(self, job_id: str, type: EventType, data: dict[str, Any]) -> Event | None:
-        """Add to a job's events; None once the job's closing event stands."""
-
-    def events_after(self, job_id: str, after: int, limit: int = 1000) -> list[Event]:
-        """Events with an id above `after`, in order; a finished job's last one is `job.*ed`."""
-
-    def beat(self, worker: WorkerView) -> None: ...
-
-    def list_workers(self) -> list[WorkerView]: ...
-
-    def ready(self) -> None:
-        """Raise when the database does not answer or its tables are not there."""
 
 
 class SqlStore:

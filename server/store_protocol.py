@@ -1,0 +1,61 @@
+"""The `Store` interface: what the HTTP layer and the worker need from the database."""
+
+from typing import Any, Protocol
+
+from probe.result import Plan, UnitResult
+from server.wire import Event, EventType, JobView, WorkerView
+
+
+class Store(Protocol):
+    """What the HTTP layer and the worker need from the database. Thread-safe, synchronous."""
+
+    def create_job(
+        self, *, plan: Plan, idempotency_key: str | None, body_sha256: str
+    ) -> tuple[JobView, bool]:
+        """Record a job and put it on the queue; (view, True), or (the earlier one, False).
+
+        Raises:
+            IdempotencyConflictError: the key was used with another body.
+        """
+
+    def earlier_job(self, idempotency_key: str, body_sha256: str) -> JobView | None:
+        """The job this key made, if it made one; raises as `create_job` does."""
+
+    def get_job(self, job_id: str) -> JobView | None: ...
+
+    def list_jobs(
+        self,
+        *,
+        status: str | None = None,
+        kind: str | None = None,
+        labels: dict[str, str] | None = None,
+        after: str | None = None,
+        limit: int = 50,
+    ) -> tuple[list[JobView], bool]:
+        """Newest first; `after` is the id of the last job of the page before."""
+
+    def count_jobs(self) -> dict[str, int]:
+        """Number of jobs in each state, zeros included."""
+
+    def cancel_job(self, job_id: str) -> JobView | None:
+        """Cancel a queued or running job; a finished one is returned unchanged."""
+
+    def get_plan(self, job_id: str) -> Plan | None: ...
+
+    def record_unit(self, job_id: str, result: UnitResult) -> bool:
+        """Store a unit's result once, with its `unit.finished`; False when it was there already."""
+
+    def unit_results(self, job_id: str) -> list[UnitResult]: ...
+
+    def append_event(self, job_id: str, type: EventType, data: dict[str, Any]) -> Event | None:
+        """Add to a job's events; None once the job's closing event stands."""
+
+    def events_after(self, job_id: str, after: int, limit: int = 1000) -> list[Event]:
+        """Events with an id above `after`, in order; a finished job's last one is `job.*ed`."""
+
+    def beat(self, worker: WorkerView) -> None: ...
+
+    def list_workers(self) -> list[WorkerView]: ...
+
+    def ready(self) -> None:
+        """Raise when the database does not answer or its tables are not there."""
