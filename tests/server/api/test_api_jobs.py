@@ -122,6 +122,14 @@ def test_an_unknown_job_is_404_everywhere(client, path, job_id):
     assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
 
 
+def test_an_id_no_job_can_have_does_not_reach_the_database(client, store, monkeypatch):
+    asked = []
+    monkeypatch.setattr(store, "get_job", lambda job_id: asked.append(job_id))
+    assert client.get("/v1/jobs/%00").status_code == 404  # Postgres refuses NUL in a text
+    assert client.get(f"/v1/jobs/{MISSING}").status_code == 404
+    assert asked == [MISSING]
+
+
 def test_workers_health_and_metrics(client, spec, submitted):
     assert client.get("/healthz").json() == client.get("/readyz").json() == {"status": "ok"}
     assert client.get("/v1/workers").json() == {"object": "list", "data": []}
