@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test check bench docs clean
+.PHONY: install demo test check chaos bench docs clean
 
 install: $(READY)
 
@@ -28,6 +28,9 @@ check: $(READY)  ## format, lint, types, generated pages
 	$(BIN)/mypy
 	$(BIN)/python -m docs.make_cli_page --check
 	$(BIN)/python -m docs.make_jobs_page --check
+
+chaos: $(READY)  ## kill -9 of workers, ranks and servers at random; counts lost and duplicated units
+	$(BIN)/python -m tests.server.jobs.chaos --jobs 40
 
 bench: $(READY)  ## quick run of every benchmark: ours beside the baseline, as ratios
 	for script in benchmarks/*.py; do $(BIN)/python $$script --quick || exit 1; done
