@@ -25,7 +25,7 @@ from server.wire import TERMINAL, JobStatus
 WEB = Path(__file__).resolve().parent.parent / "web"
 router = APIRouter(include_in_schema=False)
 
-_STATIC = {"app.js": "text/javascript", "style.css": "text/css"}
+_STATIC = {"app.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}
 _PAGE_SIZE = 25
 _EVENTS_SHOWN = 50
 _FRESH = {"Cache-Control": "no-cache"}

@@ -46,8 +46,14 @@ function sayProgress(event) {
   now.textContent = `${data.unit_id}: ${data.phase}${share}`;
 }
 
+function quiet() {
+  const now = document.getElementById("now");
+  if (now) now.textContent = "";
+}
+
 function followJob(url) {
   const source = new EventSource(url);
+  source.addEventListener("unit.finished", quiet);
   source.addEventListener("unit.progress", sayProgress);
   for (const type of ["job.queued", "job.running", "unit.started", "unit.retrying", "unit.finished"]) {
     source.addEventListener(type, reloadSoon);
@@ -55,8 +61,7 @@ function followJob(url) {
   for (const type of ["job.succeeded", "job.failed", "job.cancelled"]) {
     source.addEventListener(type, () => {
       source.close();
-      const now = document.getElementById("now");
-      if (now) now.textContent = "";
+      quiet();
       reloadSoon();
     });
   }

@@ -99,10 +99,12 @@ def test_pages_load_nothing_from_elsewhere(client, submitted, path):
         for name in ("src", "href", "srcset", "action"):
             assert attrs.get(name, "/").startswith(("/", "#"))
     for file in WEB.iterdir():
-        assert not re.search(r"https?://", file.read_text())
+        found = set(re.findall(r"https?://[^\"']+", file.read_text()))
+        assert found <= {"http://www.w3.org/2000/svg"}  # a name, never fetched
 
 
-def test_static_files_are_these_two(client):
+def test_static_files_are_these_and_no_others(client):
+    assert client.get("/static/icon.svg").headers["content-type"] == "image/svg+xml"
     assert client.get("/static/app.js").headers["content-type"].startswith("text/javascript")
     assert client.get("/static/style.css").headers["content-type"].startswith("text/css")
     for name in ("job.html", "..%2Fapi%2Fapp.py", "../api/app.py", ""):
