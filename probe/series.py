@@ -31,7 +31,8 @@ def list_checkpoints(checkpoints_spec: Checkpoints) -> list[CheckpointRef]:
         checkpoints_spec: Local directory or glob, hub revisions, or a GGUF file.
 
     Returns:
-        At least one reference. A single checkpoint may have no step; of several each has one.
+        At least one reference; local locations are absolute. A single checkpoint may have no
+        step; of several each has one.
 
     Raises:
         CheckpointError: Nothing matches (the message lists what is near), a checkpoint is
@@ -58,7 +59,7 @@ def tokens_in_name(name: str) -> int | None:
 
 
 def _local(spec: LocalCheckpoints) -> list[CheckpointRef]:
-    expanded = os.path.expanduser(spec.path)
+    expanded = os.path.abspath(os.path.expanduser(spec.path))
     if os.path.isdir(expanded):
         directories = [Path(expanded)]
     else:
@@ -72,9 +73,8 @@ def _local(spec: LocalCheckpoints) -> list[CheckpointRef]:
 
 def _local_ref(directory: Path, step_of: Callable[[str], int | None]) -> CheckpointRef:
     layout = read_layout(directory)
-    name = directory.resolve().name
-    step = step_of(directory.name) if directory.name else step_of(name)
-    num_tokens = tokens_in_name(name)
+    step = step_of(directory.name)
+    num_tokens = tokens_in_name(directory.name)
     state_path = directory / "training_state.json"
     if state_path.is_file():
         state = read_json_object(state_path)
@@ -122,7 +122,7 @@ def _hub(spec: HubCheckpoints) -> list[CheckpointRef]:
 
 
 def _gguf(spec: GgufCheckpoint) -> CheckpointRef:
-    path = Path(spec.path).expanduser()
+    path = Path(spec.path).expanduser().absolute()
     if not path.is_file():
         raise CheckpointError(f"{spec.path}: no such file; {_near(str(path))}")
     if not path.name.lower().endswith((".gguf", ".gguf.gz")):

@@ -212,7 +212,9 @@ def load_causal_lm(
                 output_loading_info=True,
                 **options,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers, safetensors and config checks each raise their own
         raise CheckpointError(f"{where}: cannot be loaded: {_first_line(error)}") from error
     _check_report(where, report)
     model.config.use_cache = False
@@ -242,7 +244,7 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Tokenizer:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # as above
         raise CheckpointError(f"{name}: no usable tokenizer: {_first_line(error)}") from error
     return tokenizer
 

@@ -98,6 +98,15 @@ def test_one_directory_needs_no_step(tmp_path):
     assert ref.label == "final"
 
 
+def test_locations_are_absolute(run, monkeypatch):
+    """The worker that opens them may run elsewhere."""
+    monkeypatch.chdir(run)
+    (ref,) = list_checkpoints(LocalCheckpoints(path="step-20"))
+    assert (ref.location, ref.step) == (str(run / "step-20"), 20)
+    monkeypatch.chdir(run / "step-20")
+    assert list_checkpoints(LocalCheckpoints(path=".")) == [ref]
+
+
 def test_several_need_a_step_each(run):
     write_checkpoint(run / "step-final")
     with pytest.raises(CheckpointError, match=r"no training step in .*step-final"):

@@ -244,6 +244,8 @@ def test_an_index_cannot_leave_the_directory(saved, tmp_path):
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
         ({"transformers_weights": "other.safetensors"}, "redirects the weights"),
         ({"model_type": "no-such-architecture"}, "cannot be loaded"),
+        ({"hidden_size": "wide"}, "cannot be loaded"),
+        ({"hidden_size": -3}, "cannot be loaded"),
     ],
 )
 def test_a_config_that_cannot_be_honoured_is_an_error(saved, entry, message):
