@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from probe.batches import BatchSet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
 
+from probe.batches import BatchSet
 from probe.checkpoints import save_checkpoint
 from probe.schedule import learning_rate_at
 from probe.spec import Schedule
@@ -33,7 +33,7 @@ class Run:
     num_heads: int = 4
     intermediate_size: int = 384
     sequence_length: int = 128
-    batch_sequences: int = 8
+    batch_sequences: int = 16
     math_share: float = 0.25
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
@@ -41,13 +41,31 @@ class Run:
     schedule: Schedule = field(
         default_factory=lambda: Schedule(
             type="warmup_stable_decay",
-            peak=1e-2,
-            warmup_steps=60,
+            peak=4e-3,
+            warmup_steps=100,
             decay_start=440,
             total_steps=600,
         )
     )
-    save_at: tuple[int, ...] = (10, 25, 45, 70, 110, 160, 220, 290, 360, 430, 480, 520, 560, 590)
+    save_at: tuple[int, ...] = (
+        20,
+        40,
+        60,
+        80,
+        100,
+        140,
+        180,
+        230,
+        280,
+        330,
+        380,
+        430,
+        460,
+        490,
+        520,
+        550,
+        580,
+    )
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:

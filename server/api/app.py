@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-import probe
+from probe import __version__
 from server.api import events, jobs, operations, pages, problems, results
 from server.api.guard import Guard, check_exposure
 from server.api.openapi import describe
@@ -47,7 +47,7 @@ def create_app(
 
     app = FastAPI(
         title="Sharpness Probe",
-        version=probe.__version__,
+        version=__version__,
         description="Critical sharpness of language models, from forward passes only.",
         docs_url=None,
         redoc_url=None,
