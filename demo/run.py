@@ -47,7 +47,7 @@ def main() -> int:
     console.rule("3/4  start the service and probe every checkpoint")
     with _service() as address:
         environment = os.environ | {"PROBE_SERVER": address}
-        job_id, exit_code = _probe_series(environment)
+        job_id = _probe_series(environment)
         console.rule("4/4  what it shows")
         _show(job_id, environment, run)
         console.print(f"\nDone in {time.monotonic() - started:.0f} s.")
@@ -57,7 +57,7 @@ def main() -> int:
             _wait_for_interrupt()
         else:
             console.print(f"To open it again: probe up --data-dir {OUT / 'service'}")
-    return exit_code
+    return 0
 
 
 def _train(run: Run, texts: Texts) -> None:
@@ -118,7 +118,7 @@ def _service() -> Iterator[str]:
         process.wait(timeout=60)
 
 
-def _probe_series(environment: dict[str, str]) -> tuple[str, int]:
+def _probe_series(environment: dict[str, str]) -> str:
     """Submit the job over HTTP, show its progress, print its table."""
     submitted = _probe(["submit", str(JOB.relative_to(ROOT)), "--json"], environment)
     job_id = json.loads(submitted)["id"]
@@ -127,7 +127,7 @@ def _probe_series(environment: dict[str, str]) -> tuple[str, int]:
     watched = subprocess.run([*PROBE, *command], env=environment, check=False)
     if watched.returncode not in (0, 3):  # 3: measured, and some point has no eta_c
         raise SystemExit(f"the job did not succeed (exit {watched.returncode})")
-    return job_id, 0
+    return job_id
 
 
 def _show(job_id: str, environment: dict[str, str], run: Run) -> None:
@@ -136,32 +136,42 @@ def _show(job_id: str, environment: dict[str, str], run: Run) -> None:
     _probe(["results", job_id, "--format", "csv", "--out", "demo-out/series.csv"], environment)
     answer = _probe(["results", job_id, "--format", "json"], environment)
     results = [UnitResult.model_validate(row) for row in json.loads(answer)["data"]]
-    console.print("\nMedian lambda_c on the held-out batch, beside the median 2/eta:")
-    for phase, values, thresholds in _phases(results, run):
+    _show_phases(results, run)
+
+
+def _show_phases(results: list[UnitResult], run: Run) -> None:
+    """Held-out lambda_c in each phase of the schedule, and whether the paper's picture is there."""
+    points = [
+        (r.unit.checkpoint.step or 0, m.lambda_c, r.stability_threshold or 0.0)
+        for r in results
+        for m in r.measurements
+        if m.loss_batch == "held_out" and m.lambda_c is not None
+    ]
+    end_of_warmup, decay = run.schedule.warmup_steps, run.schedule.decay_start or 0
+    phases = {
+        "warm-up": [p for p in points if p[0] <= end_of_warmup],
+        "stable": [p for p in points if end_of_warmup <= p[0] <= decay],
+        "decay": [p for p in points if p[0] > decay],
+    }
+    if not all(phases.values()):
+        console.print("Too few measurements converged to compare the phases.")
+        return
+    console.print("\nOn the held-out batch, median over each phase:")
+    for name, found in phases.items():
+        lambdas, thresholds = [p[1] for p in found], [p[2] for p in found]
         console.print(
-            f"  {phase:<8} lambda_c {median(values):8.0f}   2/eta {median(thresholds):8.0f}   "
-            f"({len(values)} measurements)"
-            if values
-            else f"  {phase:<8} no measurement converged"
+            f"  {name:<8} lambda_c {median(lambdas):6.0f}   2/eta {median(thresholds):6.0f}   "
+            f"({len(found)} measurements)"
         )
-
-
-def _phases(results: list[UnitResult], run: Run) -> Iterator[tuple[str, list[float], list[float]]]:
-    """Converged held-out lambda_c of each phase of the schedule, with the thresholds there."""
-    schedule = run.schedule
-    assert schedule.decay_start is not None
-    middle = schedule.warmup_steps // 2
-    borders = (0, middle, schedule.warmup_steps, schedule.decay_start, schedule.total_steps or 0)
-    names = ("warm-up, first half", "warm-up, second half", "stable", "decay")
-    for name, first, last in zip(names, borders, borders[1:], strict=False):
-        units = [r for r in results if first <= (r.unit.checkpoint.step or 0) < last]
-        values = [
-            m.lambda_c
-            for r in units
-            for m in r.measurements
-            if m.loss_batch == "held_out" and m.lambda_c is not None
-        ]
-        yield name, values, [r.stability_threshold for r in units if r.stability_threshold]
+    top_step, top, _ = max(phases["warm-up"], key=lambda p: p[1])
+    last = median(p[1] for p in phases["warm-up"] if p[0] == phases["warm-up"][-1][0])
+    below = sum(value <= threshold for _, value, threshold in phases["stable"])
+    risen = median(p[1] for p in phases["decay"]) / median(p[1] for p in phases["stable"])
+    console.print(
+        f"warm-up: from its highest, {top:.0f} at step {top_step}, to {last:.0f} at its end\n"
+        f"stable:  {below} of {len(phases['stable'])} measurements at or below 2/eta\n"
+        f"decay:   {risen:.2f} times the stable phase's median"
+    )
 
 
 def _probe(arguments: list[str], environment: dict[str, str]) -> str:
