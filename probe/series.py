@@ -7,9 +7,12 @@ sizes and moments come from safetensors headers alone.
 import glob
 import os
 import re
+import time
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
+
+import regex  # type: ignore[import-untyped]  # as `re`, with a time limit
 
 from probe.checkpoints.layout import looks_like_checkpoint, read_json_object, read_layout
 from probe.checkpoints.revisions import matching_revisions
@@ -18,6 +21,7 @@ from probe.result import CheckpointRef
 from probe.spec import Checkpoints, GgufCheckpoint, HubCheckpoints, LocalCheckpoints
 
 _TOKENS = re.compile(r"tokens[-_]?(\d+(?:\.\d+)?)([KMBT]?)(?![A-Za-z0-9])", re.IGNORECASE)
+_PATTERN_S = 2.0  # for all names of a series together; a sane pattern takes microseconds a name
 _MAGNITUDE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -67,13 +71,13 @@ def _local(spec: LocalCheckpoints) -> list[CheckpointRef]:
         directories = [match for match in matches if looks_like_checkpoint(match)]
     if not directories:
         raise CheckpointError(f"{spec.path}: no checkpoint directory there; {_near(expanded)}")
-    step_of = _step_reader(spec.step_pattern)
-    return [_local_ref(directory, step_of) for directory in directories]
+    search = _searcher(spec.step_pattern)
+    return [_local_ref(directory, search) for directory in directories]
 
 
-def _local_ref(directory: Path, step_of: Callable[[str], int | None]) -> CheckpointRef:
+def _local_ref(directory: Path, search: "_Search") -> CheckpointRef:
     layout = read_layout(directory)
-    step = step_of(directory.name)
+    step = _step_of(search, directory.name)
     num_tokens = tokens_in_name(directory.name)
     state_path = directory / "training_state.json"
     if state_path.is_file():
@@ -99,11 +103,9 @@ def _local_ref(directory: Path, step_of: Callable[[str], int | None]) -> Checkpo
 
 
 def _hub(spec: HubCheckpoints) -> list[CheckpointRef]:
-    step_of = _step_reader(spec.step_pattern)
+    search = _searcher(spec.step_pattern)
     names = matching_revisions(spec.repo, spec.revisions)
-    stages = {
-        name[: found.start()] for name in names if (found := re.search(spec.step_pattern, name))
-    }
+    stages = {name[: found.start()] for name in names if (found := search(name))}
     if len(stages) > 1:
         raise CheckpointError(
             f"{spec.repo}: the revisions belong to several stages ({', '.join(sorted(stages))}), "
@@ -114,7 +116,7 @@ def _hub(spec: HubCheckpoints) -> list[CheckpointRef]:
             source="hub",
             location=spec.repo,
             revision=name,
-            step=step_of(name),
+            step=_step_of(search, name),
             num_tokens=tokens_in_name(name),
         )
         for name in names
@@ -122,8 +124,8 @@ def _hub(spec: HubCheckpoints) -> list[CheckpointRef]:
 
 
 def _gguf(spec: GgufCheckpoint) -> CheckpointRef:
-    path = Path(spec.path).expanduser().absolute()
-    if not path.is_file():
+    path = Path(os.path.abspath(os.path.expanduser(spec.path)))
+    if not os.path.isfile(path):  # False, not an error, for a name too long
         raise CheckpointError(f"{spec.path}: no such file; {_near(str(path))}")
     if not path.name.lower().endswith((".gguf", ".gguf.gz")):
         raise CheckpointError(f"{spec.path}: expected a .gguf or .gguf.gz file")
@@ -166,23 +168,45 @@ def _choose(
     return chosen[:: spec.every]
 
 
-def _step_reader(pattern: str) -> Callable[[str], int | None]:
+_Search = Callable[[str], "regex.Match[str] | None"]
+
+
+def _searcher(pattern: str) -> _Search:
+    """Search names for the step. The server runs patterns of strangers, so it has a time limit."""
     try:
-        compiled = re.compile(pattern)
-    except re.error as error:
+        compiled = regex.compile(pattern)
+    except (regex.error, RecursionError) as error:
         raise ConfigError(f"step_pattern {pattern!r} is no regular expression: {error}") from error
     if compiled.groups != 1:
         raise ConfigError(f"step_pattern {pattern!r} has {compiled.groups} groups, expected one")
+    left_s = _PATTERN_S
 
-    def step_of(name: str) -> int | None:
-        match = compiled.search(name)
-        if match is None or match.group(1) is None:
-            return None
-        if not match.group(1).isdecimal():
-            raise ConfigError(f"step_pattern {pattern!r} gives {match.group(1)!r} for {name!r}")
-        return int(match.group(1))
+    def search(name: str) -> "regex.Match[str] | None":
+        nonlocal left_s
+        begin = time.monotonic()
+        try:
+            # concurrent: other threads of the server go on meanwhile.
+            return compiled.search(name, timeout=max(left_s, 1e-3), concurrent=True)
+        except TimeoutError:
+            raise ConfigError(
+                f"step_pattern {pattern!r} takes over {_PATTERN_S:g} s on names such as {name!r}; "
+                "it backtracks: do not repeat what holds a repetition, as (a+)+ does"
+            ) from None
+        finally:
+            left_s -= time.monotonic() - begin
 
-    return step_of
+    return search
+
+
+def _step_of(search: _Search, name: str) -> int | None:
+    match = search(name)
+    if match is None or match.group(1) is None:
+        return None
+    if not match.group(1).isdecimal():
+        raise ConfigError(
+            f"step_pattern {match.re.pattern!r} gives {match.group(1)!r} for {name!r}"
+        )
+    return int(match.group(1))
 
 
 def _name(ref: CheckpointRef) -> str:
@@ -198,7 +222,10 @@ def _list(names: Iterable[str], limit: int = 8) -> str:
 def _near(path: str) -> str:
     """The nearest existing directory above a path that matched nothing, and what it holds."""
     parent = Path(path).absolute().parent
-    while not parent.is_dir():
+    while not os.path.isdir(parent):
         parent = parent.parent
-    names = sorted(entry.name for entry in parent.iterdir())
+    try:
+        names = sorted(entry.name for entry in parent.iterdir())
+    except OSError as error:
+        return f"{parent} cannot be listed: {error.strerror}"
     return f"{parent} holds {_list(names) or 'nothing'}"

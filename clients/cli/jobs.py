@@ -84,7 +84,7 @@ def absolute_paths(spec: dict[str, Any], base: Path) -> dict[str, Any]:
     if checkpoints["source"] in ("local", "gguf"):
         checkpoints["path"] = _absolute(checkpoints["path"], base)
     model = dict(spec["model"])
-    if model["tokenizer"] is not None and (base / Path(model["tokenizer"]).expanduser()).exists():
+    if model["tokenizer"] is not None and os.path.exists(_absolute(model["tokenizer"], base)):
         model["tokenizer"] = _absolute(model["tokenizer"], base)
     sources = [
         source | {"paths": [_absolute(path, base) for path in source["paths"]]}
@@ -97,7 +97,7 @@ def absolute_paths(spec: dict[str, Any], base: Path) -> dict[str, Any]:
 
 
 def _absolute(path: str, base: Path) -> str:
-    return os.path.normpath(base / Path(path).expanduser())
+    return os.path.normpath(base / os.path.expanduser(path))
 
 
 def list_jobs(

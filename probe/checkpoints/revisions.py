@@ -1,6 +1,7 @@
 """Revisions of a hub repository, and what its errors mean for us (torch-free)."""
 
 import difflib
+import fnmatch
 import re
 from collections.abc import Sequence
 
@@ -29,8 +30,9 @@ def matching_revisions(repo: str, patterns: Sequence[str]) -> list[str]:
             continue
         if existing is None:
             existing = list_revisions(repo)
-        expression = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
-        matches = [name for name in existing if re.fullmatch(expression, name)]
+        # fnmatch does not backtrack, whatever the pattern; its [...] is not part of ours.
+        literal = pattern.replace("[", "[[]")
+        matches = [name for name in existing if fnmatch.fnmatchcase(name, literal)]
         if not matches:
             near = difflib.get_close_matches(pattern, existing, n=5, cutoff=0.0)
             raise CheckpointError(

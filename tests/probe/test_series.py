@@ -131,6 +131,22 @@ def test_training_state_gives_tokens_and_may_not_contradict(tmp_path):
         local(tmp_path)
 
 
+def test_a_pattern_that_backtracks_is_given_up(tmp_path, monkeypatch):
+    """A server evaluates patterns of strangers; this one takes some 10^12 steps on this name."""
+    monkeypatch.setattr("probe.series._PATTERN_S", 0.05)
+    write_checkpoint(tmp_path / ("a" * 60))
+    with pytest.raises(ConfigError, match=r"takes over 0.05 s"):
+        local(tmp_path, "a*", step_pattern=r"^(?:a|aa)+(\d)")
+
+
+@pytest.mark.parametrize("source", ["local", "gguf"])
+@pytest.mark.parametrize("path", ["x" * 300 + "/y.gguf", "~nobody-of-this-name/y.gguf"])
+def test_names_no_file_can_have_are_not_found(source, path):
+    spec = {"local": LocalCheckpoints, "gguf": GgufCheckpoint}[source](source=source, path=path)
+    with pytest.raises(CheckpointError, match=r"no such file|no checkpoint directory"):
+        list_checkpoints(spec)
+
+
 def test_nothing_there_lists_what_is_near(run):
     with pytest.raises(CheckpointError, match=r"holds step-100, step-1000, step-20"):
         local(run, "ckpt-*")
@@ -224,6 +240,14 @@ def test_full_names_need_no_hub(hub):
 def test_a_dot_in_a_pattern_is_a_dot(hub):
     with pytest.raises(CheckpointError, match="no branch or tag matches"):
         revisions("stage1.step*")
+
+
+def test_revision_patterns_do_not_backtrack(hub, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.OLMO", ["a" * 80, "step[1]"])
+    with pytest.raises(CheckpointError, match="no branch or tag matches"):
+        revisions("*a" * 25 + "*b")
+    (ref,) = revisions("step[1*", step_pattern=r"(\d)")  # brackets mean themselves
+    assert (ref.revision, ref.step) == ("step[1]", 1)
 
 
 def test_no_match_lists_the_nearest(hub):
