@@ -20,6 +20,8 @@ from probe.spec import KINDS, JobSpec
 
 # Discriminator tags that pydantic puts into error locations; they are not keys of the spec.
 _TAGS = frozenset({"local", "hub", "gguf", "adamw", "sgd", "files", "text", "question_answer"})
+# ValueError: what looks like a date and is none, as 2026-13-01.
+_NOT_YAML = (yaml.YAMLError, RecursionError, ValueError)
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
@@ -67,7 +69,7 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> JobSpec:
         raise ConfigError(f"cannot read job file {str(path)!r}: {error}") from error
     try:
         raw = yaml.load(text, _SpecLoader)  # SafeLoader underneath: builds plain values only
-    except (yaml.YAMLError, RecursionError) as error:
+    except _NOT_YAML as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold a mapping with `kind:`, found {type(raw).__name__}")
@@ -175,20 +177,18 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set needs key=value, got {override!r}; for example a.b=1e-3")
     try:
         value = yaml.load(text, _SpecLoader)
-    except yaml.YAMLError as error:
+    except _NOT_YAML as error:
         raise ConfigError(f"--set {key}: {text!r} is not a YAML value: {error}") from error
     *parents, last = key.split(".")
     place: Any = raw
     for depth, part in enumerate(parents):
-        below: Any = {}
         if isinstance(place, list):
             place = place[_list_index(place, part, key)]
-        elif isinstance(place, dict):
-            below = place.setdefault(part, {})
-            if not isinstance(below, dict | list):
-                where = ".".join(parents[: depth + 1])
-                raise ConfigError(f"--set {key}: {where} is {below!r}, not a mapping or list")
-            place = below
+        else:
+            place = place.setdefault(part, {})
+        if not isinstance(place, dict | list):
+            where = ".".join(parents[: depth + 1])
+            raise ConfigError(f"--set {key}: {where} is {place!r}, not a mapping or list")
     if isinstance(place, list):
         place[_list_index(place, last, key)] = value
     else:

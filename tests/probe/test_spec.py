@@ -144,6 +144,8 @@ def test_overrides_reach_into_mappings_and_lists(tmp_path):
         ("batches.sources.7.name=x", "index into a list of 1"),
         ("name.x=1", "not a mapping or list"),
         ("measurement.repeats=[", "not a YAML value"),
+        ("measurement.repeats=2026-13-01", "not a YAML value"),
+        ("batches.sources.0.paths.0.x=1", "not a mapping or list"),
     ],
 )
 def test_a_bad_override_says_what_is_wrong(tmp_path, override, says):
@@ -158,6 +160,7 @@ def test_a_bad_override_says_what_is_wrong(tmp_path, override, says):
     ("text", "says"),
     [
         ("kind: [", "not valid YAML"),
+        ("name: 2026-13-01", "not valid YAML"),
         ("- a", "must hold a mapping"),
         ("name: a\nname: b", "given twice (line 2)"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
