@@ -218,7 +218,8 @@ def _run_units(spec: Any, units: list[Unit], out: str | None, send: Send) -> int
         if event is None:
             num_failed += 1
             continue
-        eta_init = eta_init_hint(UnitResult.model_validate(event["result"]))
+        # A unit without an answer leaves the guess of the one before it, as in a queued job.
+        eta_init = eta_init_hint(UnitResult.model_validate(event["result"])) or eta_init
         if out is not None:
             with Path(out).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event["result"]) + "\n")

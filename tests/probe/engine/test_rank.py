@@ -14,8 +14,8 @@ import pytest
 from probe.engine import Session
 from probe.errors import CheckpointUnavailableError, ParallelismError
 from probe.plan import expand_units
-from probe.rank import error_event, refuse_several_ranks
-from probe.result import UnitResult, eta_init_hint
+from probe.rank import Measurer, _run_units, error_event, refuse_several_ranks
+from probe.result import CheckpointRef, Unit, UnitResult, eta_init_hint
 from probe.spec_load import parse_spec
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -219,6 +219,25 @@ def test_a_whole_spec_without_a_server(series, tmp_path):
     session = Session(parse_spec(series.spec(measurement__repeats=1)))
     again = session.measure(results[1].unit, eta_init=eta_init_hint(results[0]))
     assert numbers(again.model_dump(mode="json")) == numbers(results[1].model_dump(mode="json"))
+
+
+def test_the_guess_outlives_a_unit_without_an_answer(monkeypatch):
+    """As in a queued job, so that both give the same numbers."""
+    ref = CheckpointRef(source="local", location="x")
+    hints = {"0": {"update": 0.5}, "1": None, "2": None}
+    units = [Unit(index=i, unit_id=str(i), checkpoint=ref) for i in range(3)]
+    guesses = []
+
+    def measure(_self, raw, eta_init):
+        guesses.append(eta_init)
+        return {"result": raw["unit_id"]}
+
+    monkeypatch.setattr(Measurer, "start_job", lambda _self, _spec: True)
+    monkeypatch.setattr(Measurer, "measure", measure)
+    monkeypatch.setattr("probe.rank.UnitResult.model_validate", lambda unit_id: unit_id)
+    monkeypatch.setattr("probe.rank.eta_init_hint", hints.get)
+    assert _run_units({}, units, None, lambda _message: None) == 0
+    assert guesses == [None, {"update": 0.5}, {"update": 0.5}]
 
 
 def test_a_broken_job_file_is_one_error_and_done(tmp_path):
