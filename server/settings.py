@@ -52,7 +52,7 @@ class Settings(BaseSettings):
         default_factory=list,
         description="Directories jobs may read. Empty: any, accepted on loopback only.",
     )
-    api_keys: Annotated[list[SecretStr], NoDecode] = Field(
+    api_keys: Annotated[list[Annotated[SecretStr, Field(min_length=1)]], NoDecode] = Field(
         default_factory=list,
         description="Accepted bearer keys. Empty: no key asked, accepted on loopback only.",
     )

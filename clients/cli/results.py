@@ -1,6 +1,7 @@
 """`probe results` and `probe plot`: what a job has measured, from a server or from a file."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -110,6 +111,21 @@ def write_file(path: Path, content: bytes) -> None:
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
     say(f"wrote {path} ({len(content)} bytes)")
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the work, not after it, that a result file cannot be written.
+
+    Raises:
+        InputError: Its directory is missing, or it may not be written there.
+    """
+    directory = path.absolute().parent
+    if not directory.is_dir():
+        raise InputError(f"cannot write {path}: there is no directory {directory}")
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a directory")
+    if not os.access(path if path.exists() else directory, os.W_OK):
+        raise InputError(f"cannot write {path}: no permission")
 
 
 def read_results(path: Path) -> list[UnitResult]:

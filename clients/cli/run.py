@@ -24,7 +24,7 @@ from clients.cli.conventions import (
     stdout_console,
 )
 from clients.cli.progress import ProgressDisplay, SeriesProgress
-from clients.cli.results import chart_format, draw, results_document, write_file
+from clients.cli.results import chart_format, check_writable, draw, results_document, write_file
 from probe.errors import ProbeError, error_class_for
 from probe.result import Plan, UnitResult
 from server.wire import ResultList
@@ -56,6 +56,9 @@ def run(
 
     if chart is not None:
         chart_format(chart)  # a wrong ending is better said now than after an hour
+    for path in (out, chart):
+        if path is not None:
+            check_writable(path)
     planned = make_plan(load_spec(file, overrides or []))
     if plan:
         _print_plan(planned, json_output)

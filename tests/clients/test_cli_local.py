@@ -174,8 +174,16 @@ def test_run_plan_measures_nothing(probe: Any, job_file: Path) -> None:
     assert plan["num_forward_passes"] > 0
 
 
-def test_run_refuses_a_wrong_chart_before_measuring(probe: Any, job_file: Path) -> None:
-    assert probe("run", str(job_file), "--plot", "c.pdf").exit_code == 2
+@pytest.mark.parametrize(
+    "words", [["--plot", "c.pdf"], ["--plot", "no/c.svg"], ["--out", "no/r.json"], ["--out", "."]]
+)
+def test_run_refuses_a_file_it_cannot_write_before_measuring(
+    probe: Any, job_file: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    pretend(monkeypatch, job_file.parent, [])
+    done = probe("run", str(job_file), *words)
+    assert done.exit_code == 2
+    assert words[1] in done.stderr
 
 
 def test_checkpoints_of_a_local_series(probe: Any, job_file: Path) -> None:

@@ -36,6 +36,12 @@ def test_loopback_needs_neither(store, host):
     create_app(Settings(host=host), store)
 
 
+def test_an_empty_key_is_no_key():
+    for keys in ([""], ["a", ""]):
+        with pytest.raises(ValueError, match="at least 1"):
+            Settings(api_keys=keys)
+
+
 def test_every_v1_path_needs_the_key(store, spec):
     client = make_client(store, api_keys=[SecretStr("other"), SecretStr(KEY)])
     paths = client.get("/openapi.json").json()["paths"]
