@@ -63,8 +63,9 @@ class ApiError(ClientError):
         self.code = problem.code  # type: ignore[misc]
         self.detail = problem.detail
         self.errors: list[FieldProblem] = problem.errors
-        fields = [f"  {e.field}: {e.message}" for e in problem.errors]
-        super().__init__("\n".join([problem.detail or problem.title, *fields]))
+        fields = [f"{e.field}: {e.message}" for e in problem.errors]
+        more = [f"  {field}" for field in fields if field not in problem.detail]
+        super().__init__("\n".join([problem.detail or problem.title, *more]))
 
 
 class BadInputError(ApiError):

@@ -36,6 +36,7 @@ from server.wire import (
     Event,
     JobList,
     JobView,
+    Problem,
     ResultList,
     WorkerList,
 )
@@ -81,6 +82,8 @@ class ProbeClient:
         """
         self.base_url = (base_url or os.environ.get("PROBE_SERVER") or DEFAULT_SERVER).rstrip("/")
         key = api_key or os.environ.get("PROBE_API_KEY")
+        if key and not (key.isascii() and key.isprintable()):
+            raise ProtocolError("the API key holds characters that no HTTP header can carry")
         self._timeout_s, self._retries, self._reconnect_s = timeout_s, retries, reconnect_s
         self._sleep, self._clock = sleep, clock
         try:
@@ -126,6 +129,9 @@ class ProbeClient:
                 with another spec.
         """
         key = idempotency_key or str(uuid.uuid4())
+        if not key.isascii():  # httpx cannot even send it
+            detail = f"Idempotency-Key {key!r}: use visible ASCII characters only"
+            raise api_error_for(Problem(title="", status=422, detail=detail, code="bad_input"))
         answer = self._send(
             "POST", "/v1/jobs", json=_plain(spec), headers={"Idempotency-Key": key}, repeat=True
         )
@@ -303,11 +309,11 @@ class ProbeClient:
                 response = self._http.request(method, path, **options)
             except httpx.ConnectError as error:  # nothing was sent; `wait` and `events` try on
                 raise self._unavailable(error) from error
+            except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+                raise ProtocolError(f"{self.base_url!r} is not a server address: {error}") from error
             except httpx.TransportError as error:
                 if left == 0:
                     raise self._unavailable(error) from error
-            except httpx.InvalidURL as error:
-                raise ProtocolError(f"not a usable address: {error}") from error
             else:
                 if response.is_success:
                     return response

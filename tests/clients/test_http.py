@@ -50,6 +50,32 @@ def test_address_and_key_come_from_the_environment(monkeypatch: pytest.MonkeyPat
     assert seen[0].headers["authorization"] == "Bearer k"
 
 
+def test_what_no_header_can_carry_is_said_before_it_is_sent(fake_server: Any, wire: Any) -> None:
+    with pytest.raises(ProtocolError, match="the API key holds"):
+        fake_server.client(api_key="\u043a\u043b\u044e\u0447")
+    with fake_server.client() as client, pytest.raises(BadInputError, match="visible ASCII"):
+        client.submit(wire.spec, idempotency_key="\u043a\u043b\u044e\u0447")
+    assert fake_server.requests == []
+
+
+def test_an_address_without_a_scheme_is_no_address() -> None:
+    with (
+        ProbeClient("localhost:8765") as client,
+        pytest.raises(ProtocolError, match="'localhost:8765' is not a server address"),
+    ):
+        client.jobs()
+
+
+def test_a_field_is_named_once(fake_server: Any, wire: Any) -> None:
+    errors = [{"field": "a", "message": "is wrong"}, {"field": "b", "message": "too"}]
+    fake_server.routes["GET", "/v1/jobs/x"] = lambda _: wire.problem(
+        422, "config_error", "a: is wrong; and 1 more", errors
+    )
+    with fake_server.client() as client, pytest.raises(BadInputError) as caught:
+        client.job("x")
+    assert str(caught.value) == "a: is wrong; and 1 more\n  b: too"
+
+
 @pytest.mark.parametrize(
     ("status", "kind"),
     [
