@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import regex  # type: ignore[import-untyped]  # as `re`, with a time limit
@@ -22,6 +22,7 @@ from probe.spec import Checkpoints, GgufCheckpoint, HubCheckpoints, LocalCheckpo
 
 _TOKENS = re.compile(r"tokens[-_]?(\d+(?:\.\d+)?)([KMBT]?)(?![A-Za-z0-9])", re.IGNORECASE)
 _PATTERN_S = 2.0  # for all names of a series together; a sane pattern takes microseconds a name
+_MAX_MATCHES = 100_000
 _MAGNITUDE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -67,8 +68,12 @@ def _local(spec: LocalCheckpoints) -> list[CheckpointRef]:
     if os.path.isdir(expanded):
         directories = [Path(expanded)]
     else:
-        matches = [Path(match) for match in glob.glob(expanded, recursive=True)]
-        directories = [match for match in matches if looks_like_checkpoint(match)]
+        matches = list(islice(glob.iglob(expanded, recursive=True), _MAX_MATCHES + 1))
+        if len(matches) > _MAX_MATCHES:
+            raise CheckpointError(
+                f"{spec.path}: matches over {_MAX_MATCHES} files and directories; narrow it"
+            )
+        directories = [Path(match) for match in matches if looks_like_checkpoint(Path(match))]
     if not directories:
         raise CheckpointError(f"{spec.path}: no checkpoint directory there; {_near(expanded)}")
     search = _searcher(spec.step_pattern)

@@ -139,6 +139,12 @@ def test_a_pattern_that_backtracks_is_given_up(tmp_path, monkeypatch):
         local(tmp_path, "a*", step_pattern=r"^(?:a|aa)+(\d)")
 
 
+def test_a_glob_of_everything_is_cut_short(run, monkeypatch):
+    monkeypatch.setattr("probe.series._MAX_MATCHES", 5)
+    with pytest.raises(CheckpointError, match="matches over 5 files and directories; narrow it"):
+        local(run, "**")
+
+
 @pytest.mark.parametrize("source", ["local", "gguf"])
 @pytest.mark.parametrize("path", ["x" * 300 + "/y.gguf", "~nobody-of-this-name/y.gguf"])
 def test_names_no_file_can_have_are_not_found(source, path):
