@@ -26,7 +26,9 @@ from probe.interpolation import Point, estimate_crossing, place_probe
 
 Search = Literal["interpolate", "bisect"]
 
+DEFAULT_ETA_INIT = 1e-3
 SMALLEST_REL_TOL = 1e-9  # float64 then still resolves the bracket to a part in a million
+SMALLEST_ETA, LARGEST_ETA = 1e-30, 1e30  # beyond these eta and eta * delta leave fp32's range
 OCTAVES_TO_SNAP_BEYOND = 1.0 + 1e-9  # leaves a guess that is within a factor 2 alone
 NUM_PASSES_OVER_BISECT = 2  # what `interpolate` may cost beyond `bisect` at the worst
 
@@ -71,7 +73,7 @@ class LineSearchResult:
 def find_critical_learning_rate(
     loss_at: Callable[[float], float],
     *,
-    eta_init: float = 1e-3,
+    eta_init: float | None = DEFAULT_ETA_INIT,
     rel_tol: float = 1 / 16,
     slope: float | None = None,
     loss_at_zero: float | None = None,
@@ -96,13 +98,14 @@ def find_critical_learning_rate(
     Args:
         loss_at: Mean loss in nats per token at theta - eta * delta, on one fixed batch.
             Every rank must get the same float (all-reduce first): ranks branch on it.
-        eta_init: First eta tried, in [eta_min, eta_max]. Pass the last eta_c where there is one.
+        eta_init: First eta tried, in [eta_min, eta_max]. Pass the last eta_c; None, what eta_c is
+            where a search had no answer, means 1e-3 or the limit next to it.
         rel_tol: Width of the final bracket, in [1e-9, 1).
         slope: dL/d eta at 0 = -delta.g of this batch, in nats per token per eta, where known.
         loss_at_zero: L(0), where already known; else loss_at(0.0) is called first.
         search: "interpolate" or "bisect".
-        eta_min: If the loss still rises here, delta is not a descent direction.
-        eta_max: If the loss has not risen here, there is no crossing.
+        eta_min: If the loss still rises here, delta is not a descent direction; >= 1e-30.
+        eta_max: If the loss has not risen here, there is no crossing; <= 1e30.
         max_forward_passes: Hard limit on calls of loss_at, the one at eta = 0 included.
 
     Returns:
@@ -119,6 +122,8 @@ def find_critical_learning_rate(
         `bisect` converges never more than 2 passes over it, whatever the loss looks like. One
         more for L(0) where it is not given.
     """
+    if eta_init is None:
+        eta_init = min(max(DEFAULT_ETA_INIT, eta_min), eta_max)
     search_range = SearchRange(eta_init=eta_init, eta_min=eta_min, eta_max=eta_max, rel_tol=rel_tol)
     _check_arguments(search_range, slope, search, max_forward_passes)
     ray = _Ray(loss_at, loss_at_zero, slope)
@@ -145,9 +150,9 @@ def _check_arguments(
     search_range: SearchRange, slope: float | None, search: str, max_forward_passes: int
 ) -> None:
     eta_min, eta_init, eta_max = search_range.eta_min, search_range.eta_init, search_range.eta_max
-    if not (0.0 < eta_min <= eta_init <= eta_max < math.inf):
+    if not (SMALLEST_ETA <= eta_min <= eta_init <= eta_max <= LARGEST_ETA):
         raise ConfigError(
-            "need 0 < eta_min <= eta_init <= eta_max, all finite, found "
+            f"need {SMALLEST_ETA} <= eta_min <= eta_init <= eta_max <= {LARGEST_ETA}, found "
             f"eta_min={eta_min}, eta_init={eta_init}, eta_max={eta_max}"
         )
     if not SMALLEST_REL_TOL <= search_range.rel_tol < 1.0:
@@ -269,8 +274,10 @@ def _wanted_eta(ray: _Ray, path: BisectionPath, search_range: SearchRange) -> fl
             return path.next_eta
         probe = 0.5 * (lower + upper) if bracketed else (2.0 * lower or 0.5 * upper)
     else:
-        probe = place_probe(estimate, lower, upper, search_range.rel_tol)
-        octaves = math.log2(estimate / search_range.eta_init)
+        # Nearly parallel points place it anywhere up to infinity; beyond the limits all is alike.
+        within = min(max(estimate, 0.5 * search_range.eta_min), 2.0 * search_range.eta_max)
+        probe = place_probe(within, lower, upper, search_range.rel_tol)
+        octaves = math.log2(within / search_range.eta_init)
         if not bracketed and abs(octaves) > OCTAVES_TO_SNAP_BEYOND:
             probe = _snap_to_path(probe, lower, upper, search_range.eta_init)
     probe = min(max(probe, search_range.eta_min), search_range.eta_max)

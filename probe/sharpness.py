@@ -17,7 +17,12 @@ from probe.agreement import Agreement, LossValue
 from probe.directions import UpdateDirection, mapping_direction, optimizer_direction
 from probe.errors import ConfigError, DirectionError, ParallelismError
 from probe.guard import StateGuard, finally_restored, undisturbed
-from probe.line_search import LineSearchResult, Search, find_critical_learning_rate
+from probe.line_search import (
+    DEFAULT_ETA_INIT,
+    LineSearchResult,
+    Search,
+    find_critical_learning_rate,
+)
 from probe.perturb import HALF_PRECISION, Ray
 from probe.upcast import UPCAST_NOTE, Fp32Twins, fp32_twins
 
@@ -30,7 +35,7 @@ def critical_sharpness(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     direction: Mapping[str, Tensor] | None = None,
-    eta_init: float = 1e-3,
+    eta_init: float | None = DEFAULT_ETA_INIT,
     rel_tol: float = 1 / 16,
     search: Search = "interpolate",
     loss_at_zero: LossValue | None = None,
@@ -85,7 +90,8 @@ def critical_sharpness(
         optimizer: Stock SGD, Adam or AdamW: delta is what its next step subtracts over its lr.
             With several groups eta is the first group's lr and the others keep their ratio.
         direction: Instead of optimizer: parameter fqn -> delta, for every trainable parameter.
-        eta_init: First eta tried, > 0; pass the last measurement's eta_c.
+        eta_init: First eta tried; pass the last measurement's eta_c. None, what eta_c is where
+            that measurement had no answer, means 1e-3.
         rel_tol: The bracket ends with 1 - eta_lower / eta_upper <= rel_tol; in (0, 1).
         search: "interpolate", or the paper's "bisect".
         loss_at_zero: L(theta) where it is known, in the form loss_fn returns, taken in the same
@@ -93,8 +99,8 @@ def critical_sharpness(
             loss at 0 is another number.
         slope: dL/d eta at 0. "auto": -delta.g from `.grad` with an optimizer, else not known.
             None: not known, found from trial losses. A number: taken as it is.
-        eta_min: Give up below this eta.
-        eta_max: Give up above this eta.
+        eta_min: Give up below this eta; >= 1e-30.
+        eta_max: Give up above this eta; <= 1e30.
         max_forward_passes: Limit on calls of loss_fn.
         half_precision: "upcast" or "cast", see above; without effect on fp32 and fp64 parameters.
 

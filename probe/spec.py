@@ -204,8 +204,8 @@ class MeasurementOptions(_Spec):
     eta_init: float = Field(
         1e-3, gt=0, description="First eta tried; afterwards the last eta_c is."
     )
-    eta_min: float = Field(1e-12, gt=0, description="Give up below it.")
-    eta_max: float = Field(1e6, gt=0, description="Give up above it.")
+    eta_min: float = Field(1e-12, ge=1e-30, description="Give up below it.")
+    eta_max: float = Field(1e6, gt=0, le=1e30, description="Give up above it.")
     max_forward_passes: int = Field(40, ge=3, le=1000, description="Hard limit for one search.")
 
     @model_validator(mode="after")

@@ -482,6 +482,8 @@ def test_a_loss_at_zero_that_is_not_finite_is_an_error(search, loss):
         ({"eta_init": 1e-13}, "eta_min <= eta_init"),
         ({"eta_init": 1e7}, "eta_init <= eta_max"),
         ({"eta_min": 0.0}, "eta_min=0.0"),
+        ({"eta_min": 5e-324}, "1e-30 <= eta_min"),
+        ({"eta_max": 1e39}, "eta_max <= 1e\\+30"),
         ({"eta_max": math.inf}, "eta_max=inf"),
         ({"rel_tol": 0.0}, "rel_tol"),
         ({"rel_tol": 1.0}, "rel_tol"),
@@ -498,6 +500,32 @@ def test_a_bad_argument_is_refused_before_the_first_pass(arguments, message):
 
     with pytest.raises(ConfigError, match=message):
         find_critical_learning_rate(loss_at, **arguments)
+
+
+@both_searches
+@pytest.mark.parametrize("eta_init", [1e-30, 1e-6, 12.0, 1e6, 1e30])
+def test_a_slope_of_next_to_nothing_points_nowhere_but_breaks_nothing(search, eta_init):
+    result = find_critical_learning_rate(
+        lambda eta: 1.0 - eta * (1.0 - eta),
+        eta_init=eta_init,
+        slope=-5e-324,
+        search=search,
+        eta_min=1e-30,
+        eta_max=1e30,
+        max_forward_passes=200,
+    )
+    assert result.outcome is SearchOutcome.CONVERGED
+    assert result.eta_lower <= 1.0 + 1e-6
+    assert result.eta_upper >= 1.0 - 1e-6
+
+
+@both_searches
+def test_without_a_first_guess_the_search_starts_at_its_default(search):
+    ray = lambda eta: 1.0 - eta * (1.0 - eta)  # noqa: E731
+    assert find_critical_learning_rate(ray, eta_init=None, search=search).trials[0][0] == 1e-3
+    limits = {"eta_min": 0.1, "eta_max": 10.0}
+    near = find_critical_learning_rate(ray, eta_init=None, search=search, **limits)
+    assert near.trials[0][0] == 0.1
 
 
 @both_searches

@@ -324,3 +324,15 @@ def _mlp_and_loss() -> tuple[nn.Sequential, Callable[[], Tensor]]:
     torch.manual_seed(6)
     model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)).double()
     return model, lambda: nn.functional.cross_entropy(model(x), labels)
+
+
+def test_eta_c_of_a_measurement_without_an_answer_is_a_valid_first_guess() -> None:
+    hessian, _, _ = _random_hessian(0)
+    model = Quadratic(hessian, torch.ones(6, dtype=torch.float64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    model().backward()
+    last = critical_sharpness(model, model.forward, optimizer=optimizer, eta_max=2e-3)
+    assert last.outcome is SearchOutcome.NO_CROSSING
+    found = critical_sharpness(model, model.forward, optimizer=optimizer, eta_init=last.eta_c)
+    assert found.trials[0][0] == 1e-3
+    assert found.outcome is SearchOutcome.CONVERGED

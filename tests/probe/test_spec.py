@@ -70,6 +70,8 @@ def test_the_hash_ignores_names_for_people_and_nothing_else():
         ("measurement.repeats", "4", "measurement.repeats", "valid integer (found '4')"),
         ("measurement.eta_init", float("nan"), "measurement.eta_init", "finite number"),
         ("measurement.eta_init", 1e9, "measurement", "eta_min <= eta_init <= eta_max"),
+        ("measurement.eta_min", 5e-324, "measurement.eta_min", "greater than or equal to 0.0000"),
+        ("measurement.eta_max", 1e39, "measurement.eta_max", "less than or equal to 1000000"),
         ("measurement.loss_batch", "held_out", "(spec)", "set batches.held_out_sequences"),
         ("checkpoints.source", "s3", "checkpoints", "'local', 'hub', 'gguf'"),
         ("optimizer", {"warmup_steps": 3}, "optimizer", "needs 'name'; choose from: adamw, sgd"),
