@@ -118,7 +118,7 @@ def spec_sha256(spec: JobSpec) -> str:
 
 
 def _problem(model: type[BaseModel], error: Any) -> dict[str, str]:
-    path = [part for part in error["loc"] if part not in _TAGS or isinstance(part, int)]
+    path = _without_tags(model, error["loc"])
     field = ".".join(str(part) for part in path) or "(spec)"
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
@@ -134,6 +134,19 @@ def _problem(model: type[BaseModel], error: Any) -> dict[str, str]:
         shown = repr(error["input"])
         message += f" (found {shown if len(shown) <= 80 else shown[:77] + '...'})"
     return {"field": field, "message": message}
+
+
+def _without_tags(model: type[BaseModel], location: Sequence[str | int]) -> list[str | int]:
+    """The keys of an error location; a tag stands only where one of several models was chosen."""
+    path: list[str | int] = []
+    tag_may_follow = False
+    for part in location:
+        if tag_may_follow and part in _TAGS:
+            tag_may_follow = False
+            continue
+        path.append(part)
+        tag_may_follow = len(_models_at(model, path)) > 1
+    return path
 
 
 def _nearest(word: str, choices: Iterable[str]) -> str:
@@ -196,6 +209,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _list_index(values: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(values):
+    if not part.isdecimal() or int(part) >= len(values):
         raise ConfigError(f"--set {key}: {part!r} is not an index into a list of {len(values)}")
     return int(part)
