@@ -114,7 +114,7 @@ def _service() -> Iterator[str]:
             raise SystemExit("the service did not start; its messages stand above")
         yield json.loads(line)["address"]
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # not SIGINT: what a shell starts in the background ignores that one
         process.wait(timeout=60)
 
 
