@@ -310,7 +310,9 @@ class ProbeClient:
             except httpx.ConnectError as error:  # nothing was sent; `wait` and `events` try on
                 raise self._unavailable(error) from error
             except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-                raise ProtocolError(f"{self.base_url!r} is not a server address: {error}") from error
+                raise ProtocolError(
+                    f"{self.base_url!r} is not a server address: {error}"
+                ) from error
             except httpx.TransportError as error:
                 if left == 0:
                     raise self._unavailable(error) from error
