@@ -15,7 +15,7 @@ from probe.result import CheckpointRef, Plan, Summary, UnitResult
 from server.wire import JobView
 
 NONE = "-"
-_WIDE = 100
+_WIDE, _NARROW = 100, 80
 _STATUS_STYLE = {
     "queued": "yellow",
     "running": "cyan",
@@ -135,29 +135,33 @@ def jobs_table(jobs: Iterable[JobView], *, now: dt.datetime, width: int) -> Tabl
     Args:
         jobs: The jobs.
         now: What ages are counted from.
-        width: Of the terminal: a narrow one gets shorter names and no passes.
+        width: Of the terminal: below 100 shorter names and no passes, below 80 no names.
     """
-    is_wide = width >= _WIDE
+    is_wide, is_narrow = width >= _WIDE, width < _NARROW
     table = plain_table()
-    table.add_column("id", no_wrap=True)
-    table.add_column(
-        "name", overflow="ellipsis", no_wrap=True, max_width=max(8, width - (68 if is_wide else 66))
-    )
+    table.add_column("id", overflow="fold")  # the end of an id is what tells jobs apart
+    if not is_narrow:
+        table.add_column(
+            "name",
+            overflow="ellipsis",
+            no_wrap=True,
+            max_width=max(8, width - (68 if is_wide else 66)),
+        )
     table.add_column("status", no_wrap=True)
     table.add_column("units", justify="right", no_wrap=True)
     if is_wide:
         table.add_column("passes", justify="right", no_wrap=True)
-    table.add_column("age", justify="right", no_wrap=True)
+    if not is_narrow:
+        table.add_column("age", justify="right", no_wrap=True)
     for job in jobs:
         missing = f" ({job.num_units_without_answer} none)" if job.num_units_without_answer else ""
-        passes = [str(job.num_forward_passes)] if is_wide else []
         table.add_row(
             job.id,
-            Text(job.name),
+            *([] if is_narrow else [Text(job.name)]),
             status_text(job.status),
             f"{job.num_units_finished}/{job.num_units}{missing}",
-            *passes,
-            age(job.created_at, now),
+            *([str(job.num_forward_passes)] if is_wide else []),
+            *([] if is_narrow else [age(job.created_at, now)]),
         )
     return table
 

@@ -224,6 +224,19 @@ def test_names_are_not_read_as_markup(probe: Any, wire: Any) -> None:
     assert "k=[b]" in shown
 
 
+@pytest.mark.parametrize("columns", ["40", "60", "79"])
+def test_a_narrow_table_of_jobs_keeps_the_whole_id(
+    probe: Any, wire: Any, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    job_id = "job_01m80fx6xxbnkhmdxxvax8bry8"
+    probe.server.jobs = [wire.job(job_id, "succeeded", num_units_without_answer=1)]
+    lines = probe("list").stdout.splitlines()
+    assert max(map(len, lines)) <= int(columns)
+    assert "".join(line.split(" ")[0] for line in lines[2:]) == job_id
+    assert "succeeded" in lines[2]
+
+
 def test_a_table_of_jobs_fits_80_columns(
     probe: Any, wire: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
