@@ -5,11 +5,14 @@ stay resident between them. It knows nothing of queues, sockets or files of resu
 """
 
 import datetime as dt
+import hashlib
+import json
 import platform
 import time
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from probe.attention import choose_attention
 from probe.batches import Batch, BatchSet
@@ -40,8 +43,8 @@ class Session:
     """Measures checkpoints of one job spec on this machine.
 
     Args:
-        spec: The job. The tokenizer is the first measured checkpoint's own unless
-            `model.tokenizer` names another; a series shares it.
+        spec: The job. The tokenizer is each checkpoint's own unless `model.tokenizer` names
+            one for all; batches are drawn again only where it differs from the one before.
 
     Raises:
         ConfigError: The device or the attention kernel asked for cannot be had here.
@@ -60,6 +63,7 @@ class Session:
             max(spec.batches.batch_sequences, spec.batches.held_out_sequences or 0),
         )
         self._batches: BatchSet | None = None
+        self._tokenizer_key = ""  # of the tokenizer the batches were made with
         self._resident: tuple[SingleModel, CausalLoss] | None = None
 
     def measure(
@@ -98,6 +102,7 @@ class Session:
             meter.report("load", 0, 1)
             source = open_checkpoint(unit.checkpoint)
             model, loss = self._load(source)
+            check_positions(self.spec.batches.sequence_length, model.model)
             batches = self._batches_for(source)
             meter.report("load", 1, 1)
             checkpoint = _Checkpoint(self, unit, source, model, loss, batches, meter)
@@ -152,8 +157,12 @@ class Session:
         return self._resident
 
     def _batches_for(self, source: Source) -> BatchSet:
-        if self._batches is None:
-            tokenizer = source.load_tokenizer(self.spec.model.tokenizer)
+        if self._batches is not None and self.spec.model.tokenizer is not None:
+            return self._batches
+        tokenizer = source.load_tokenizer(self.spec.model.tokenizer)
+        key = _tokenizer_key(tokenizer)
+        if self._batches is None or key != self._tokenizer_key:
+            self._batches, self._tokenizer_key = None, key  # free them before others are drawn
             self._batches = BatchSet(self.spec.batches, tokenizer)
         return self._batches
 
@@ -290,6 +299,33 @@ def check_vocabulary(batch: Batch, model: nn.Module) -> None:
             f"a batch holds token {largest}, the model has {embeddings} embeddings. "
             "model.tokenizer must name the tokenizer this model was trained with."
         )
+
+
+def check_positions(sequence_length: int, model: nn.Module) -> None:
+    """Refuse sequences longer than the model has positions for.
+
+    Raises:
+        ConfigError: Beyond them a model fails, or gives losses that mean nothing.
+    """
+    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and sequence_length > positions > 0:
+        raise ConfigError(
+            f"batches.sequence_length is {sequence_length}, the model has {positions} positions "
+            f"(max_position_embeddings in config.json). Use at most {positions}."
+        )
+
+
+def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Equal for tokenizers that make the same tokens; taken before the tokenizer is used."""
+    model = (
+        tokenizer.backend_tokenizer.to_str()
+        if tokenizer.is_fast
+        else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    text = f"{type(tokenizer).__name__} {special} {model}"
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _same_architecture(resident: nn.Module, fresh: nn.Module) -> bool:

@@ -102,6 +102,12 @@ def _moment_notes(spec: CheckpointSeriesSpec, units: list[Unit]) -> list[str]:
             f"whether {unknown} of {len(units)} checkpoints hold optimizer state is known only "
             "once they are fetched; backward passes assume they do not"
         )
+    if 0 < absent < len(units) and spec.optimizer.moments == "auto":
+        notes.append(
+            f"{absent} of {len(units)} checkpoints hold no optimizer state: theirs is accumulated "
+            "over warmup_steps, the others' is read, so their lambda_c are not quite alike; "
+            "optimizer.moments: warmup treats all the same"
+        )
     if absent and spec.optimizer.moments == "checkpoint":
         notes.append(
             f"{absent} of {len(units)} checkpoints hold no optimizer state, and "

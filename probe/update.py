@@ -1,6 +1,7 @@
 """The update direction of one gradient: clip, moments, optimizer formula, decay per parameter."""
 
 import fnmatch
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -76,10 +77,11 @@ class UpdateRule:
             gradient as it was before clipping.
 
         Raises:
-            DirectionError: The gradient is not finite.
+            DirectionError: The gradient or the direction is not finite.
         """
         scale = clip_scale(self._model, grads, self._optimizer.clip_grad_norm)
         descent = 0.0
+        bad = "another rank's shard"
         delta: list[Tensor] = []
         for index, shard in enumerate(self._model.shards):
             grad, grads[index] = grads[index], None
@@ -88,10 +90,20 @@ class UpdateRule:
                 continue
             clipped = grad if scale == 1.0 else grad * scale
             step = self._shard_direction(index, shard, clipped)
-            descent += inner_product(step, grad)
+            product = inner_product(step, grad)
+            bad = bad if math.isfinite(product) else shard.name
+            descent += product
             self._moments.absorb(index, clipped)
             delta.append(step)
-        return delta, -self._model.sum_over_ranks([descent])[0]
+        slope = -self._model.sum_over_ranks([descent])[0]
+        if not math.isfinite(slope):
+            raise DirectionError(
+                f"the update direction of {bad!r} is not finite, though its gradient is: its "
+                "moments or weights hold NaN or inf, or a second moment is negative. Use "
+                "optimizer.moments: warmup if the saved moments are broken, or leave this "
+                "checkpoint out."
+            )
+        return delta, slope
 
     def _clipped(self, grads: list[Tensor | None]) -> Iterator[tuple[int, Tensor]]:
         scale = clip_scale(self._model, grads, self._optimizer.clip_grad_norm)
