@@ -30,7 +30,7 @@ from probe.result import LossBatch, Measurement, Provenance, Unit, UnitResult
 from probe.spec import AdamW, CheckpointSeriesSpec
 from probe.spec_load import resolved, spec_sha256
 from probe.summary import summarise
-from probe.update import UpdateRule, slope_along
+from probe.update import UpdateRule, check_no_decay, slope_along
 
 _LOSS_BATCHES: dict[str, tuple[LossBatch, ...]] = {
     "update": ("update",),
@@ -103,6 +103,7 @@ class Session:
             source = open_checkpoint(unit.checkpoint)
             model, loss = self._load(source)
             check_positions(self.spec.batches.sequence_length, model.model)
+            check_no_decay([shard.name for shard in model.shards], self.spec.optimizer)
             batches = self._batches_for(source)
             meter.report("load", 1, 1)
             checkpoint = _Checkpoint(self, unit, source, model, loss, batches, meter)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from probe.directions import adamw_direction, sgd_direction
 from probe.directions.blocks import inner_product
-from probe.errors import DirectionError
+from probe.errors import ConfigError, DirectionError
 from probe.moments import Moments
 from probe.parallel import Shard, ShardedModel
 from probe.spec import AdamW, Sgd
@@ -20,6 +20,24 @@ def weight_decay_of(name: str, optimizer: AdamW | Sgd) -> float:
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in optimizer.no_decay):
         return 0.0
     return optimizer.weight_decay
+
+
+def check_no_decay(names: Sequence[str], optimizer: AdamW | Sgd) -> None:
+    """Refuse a `no_decay` pattern that frees nothing from decay: the model's names are others.
+
+    Raises:
+        ConfigError: A pattern matches no parameter.
+    """
+    if optimizer.weight_decay == 0.0:
+        return
+    for pattern in optimizer.no_decay:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            shown = ", ".join(names[:3])
+            raise ConfigError(
+                f"optimizer.no_decay has {pattern!r}, which matches none of this model's "
+                f"{len(names)} parameters ({shown}, ...), so decay would be on all of them. Name "
+                "those the run did not decay, or set no_decay: [] if there were none."
+            )
 
 
 def clip_scale(model: ShardedModel, grads: Sequence[Tensor | None], limit: float | None) -> float:

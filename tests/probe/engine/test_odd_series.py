@@ -102,3 +102,14 @@ def test_the_plan_says_that_moments_come_from_two_sources(copied):
     [note] = make_plan(spec()).notes
     assert note.startswith("1 of 2 checkpoints hold no optimizer state")
     assert make_plan(spec(optimizer__moments="warmup")).notes == []
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_no_decay_pattern_that_matches_nothing_is_refused(copied, name):
+    _, spec = copied
+    units = expand_units(spec())
+    optimizer = {"name": name, "weight_decay": 0.1, "no_decay": ["*wte*", "*norm*"]}
+    with pytest.raises(ConfigError, match=r"'\*wte\*', which matches none of .* 2\d parameters"):
+        Session(spec(optimizer=optimizer)).measure(units[0])
+    for harmless in ({"weight_decay": 0.0}, {"no_decay": []}):
+        Session(spec(optimizer=optimizer | harmless)).measure(units[0])
