@@ -7,10 +7,12 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from dbos import DBOS, error
 
@@ -21,13 +23,19 @@ from server.store import SqlStore
 from server.wire import WorkerView
 from server.worker.gang import WORKER_MARK, UnitFailedError
 from server.worker.job_runner import JobRunner
+from server.worker.orphans import adopt_orphans, lock_path
 from server.worker.processes import kill_marked
 
 logger = logging.getLogger(__name__)
 
+_LOCK_S = 1.0  # another worker may hold a dead one's lock for the moment it takes its jobs over
+
 
 def run_worker(settings: Settings) -> None:
-    """Work until SIGTERM or SIGINT. Jobs under way stay claimed and go on at the next start.
+    """Work until SIGTERM or SIGINT.
+
+    Jobs under way go on when a worker of this name starts again, or in another worker of the
+    same data directory.
 
     Raises:
         WorkerNameTakenError: A worker of that name runs on this data directory.
@@ -53,6 +61,7 @@ class _Worker:
         try:
             while not self._stopping.is_set():
                 self._beat(alive=True)
+                self._adopt()
                 self._stopping.wait(self._settings.heartbeat_s)
         finally:
             self._stopping.set()
@@ -105,6 +114,13 @@ class _Worker:
         except Exception:
             logger.exception("no heartbeat written, the next one may succeed")
 
+    def _adopt(self) -> None:
+        settings = self._settings
+        try:
+            adopt_orphans(self._store.engine, settings.data_dir, settings.worker_name)
+        except Exception:
+            logger.exception("jobs of dead workers not looked for, the next try may succeed")
+
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self._stopping.is_set():  # asked twice: at once, the gangs die with us
             kill_marked(WORKER_MARK)
@@ -114,20 +130,29 @@ class _Worker:
 
 @contextmanager
 def _name_lock(settings: Settings) -> Iterator[None]:
-    path = settings.data_dir / f"worker-{settings.worker_name}.lock"
+    path = lock_path(settings.data_dir, settings.worker_name)
     with path.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        deadline = time.monotonic() + _LOCK_S
+        while not (locked := _try_lock(lock)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if not locked:
             lock.seek(0)
             raise WorkerNameTakenError(
                 f"a worker named {settings.worker_name!r} already runs here "
                 f"(process {lock.read().strip() or 'unknown'}): use --name to start another one"
-            ) from None
+            )
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _device() -> str:

@@ -43,6 +43,23 @@ def test_kill_9_of_the_worker_while_it_measures(lab, index):
     assert_whole(lab, job_id, starts=sorted([0, 1, 2, index]))
 
 
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_another_worker_goes_on_with_the_job_of_one_that_is_gone(lab, end):
+    """`probe up` with fewer workers than before, or a container that got a new host name."""
+    job_id = lab.submit({1: ["hold"]})
+    first = lab.start_worker("first")
+    lab.until_started(job_id, 1)
+    second = lab.start_worker("second")
+    lab.until(lambda: any(w.name == "second" for w in lab.store.list_workers()), "the second")
+    assert lab.journal(job_id, "start") == [0, 1]  # not taken from a living worker
+    first.send_signal(end)
+    first.wait(30)
+    lab.until_started(job_id, 1, times=2)
+    lab.release(job_id)
+    assert_whole(lab, job_id, starts=[0, 1, 1, 2])
+    assert second.poll() is None
+
+
 def test_kill_9_of_the_worker_while_a_gang_starts_and_while_a_retry_waits(lab):
     job_id = lab.submit({0: ["error", "ok"]})
     worker = lab.start_worker(rank_command='["sleep", "600"]')
