@@ -124,7 +124,12 @@ def find_critical_learning_rate(
     """
     if eta_init is None:
         eta_init = min(max(DEFAULT_ETA_INIT, eta_min), eta_max)
-    search_range = SearchRange(eta_init=eta_init, eta_min=eta_min, eta_max=eta_max, rel_tol=rel_tol)
+    search_range = SearchRange(  # floats: a 0-d tensor would not be found again among those tried
+        eta_init=float(eta_init),
+        eta_min=float(eta_min),
+        eta_max=float(eta_max),
+        rel_tol=float(rel_tol),
+    )
     _check_arguments(search_range, slope, search, max_forward_passes)
     ray = _Ray(loss_at, loss_at_zero, slope)
     if slope is not None and slope >= 0.0:

@@ -336,3 +336,21 @@ def test_eta_c_of_a_measurement_without_an_answer_is_a_valid_first_guess() -> No
     found = critical_sharpness(model, model.forward, optimizer=optimizer, eta_init=last.eta_c)
     assert found.trials[0][0] == 1e-3
     assert found.outcome is SearchOutcome.CONVERGED
+
+
+@pytest.mark.parametrize("search", ["interpolate", "bisect"])
+def test_a_learning_rate_that_is_a_tensor_is_a_valid_first_guess(search: str) -> None:
+    hessian, _, _ = _random_hessian(0)
+    model = Quadratic(hessian, torch.ones(6, dtype=torch.float64))
+    rate = torch.tensor(1e-3, dtype=torch.float64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, capturable=True, foreach=True)
+    model().backward()
+    found = critical_sharpness(
+        model, model.forward, optimizer=optimizer, eta_init=rate, search=search
+    )
+    same = critical_sharpness(
+        model, model.forward, optimizer=optimizer, eta_init=1e-3, search=search
+    )
+    assert found.outcome is SearchOutcome.CONVERGED
+    assert found.trials == same.trials
+    assert all(type(eta) is float for eta, _ in found.trials)
