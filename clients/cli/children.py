@@ -17,6 +17,9 @@ from typing import IO
 
 _PR_SET_PDEATHSIG = 1
 _TAIL_BYTES = 8192
+# `python -m` puts the current directory first on the path, so a user's own `queue.py` there would
+# be run in place of Python's. Grandchildren inherit it.
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 
 if sys.platform == "linux":
     # Looked up before any fork: dlopen in a forked child of a threaded program can deadlock.
@@ -51,7 +54,7 @@ def start_child(
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=stderr,
-        env={**os.environ, **(environment or {})},
+        env={**os.environ, **SAFE_PATH, **(environment or {})},
         process_group=0,
         preexec_fn=lambda: _tie_to_parent(parent_pid),
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clients.cli.children import log_tail, start_child, stop_children
+from clients.cli.children import SAFE_PATH, log_tail, start_child, stop_children
 from clients.cli.conventions import (
     CommandError,
     InputError,
@@ -266,7 +266,8 @@ def worker(context: typer.Context) -> None:
 def _become(module: str, arguments: list[str]) -> None:
     """Replace this process by `python -m module`; signals then reach it directly."""
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+    command = [sys.executable, "-m", module, *arguments]
+    os.execve(sys.executable, command, {**os.environ, **SAFE_PATH})
 
 
 def register(app: typer.Typer) -> None:

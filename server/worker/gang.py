@@ -225,8 +225,8 @@ class Gang:
 
 
 def _environment() -> dict[str, str]:
-    """Ours without what ranks have no use for: secrets."""
-    return {k: v for k, v in os.environ.items() if k not in _SECRETS}
+    """Ours without secrets, for which ranks have no use, and without modules of the directory."""
+    return {k: v for k, v in os.environ.items() if k not in _SECRETS} | {"PYTHONSAFEPATH": "1"}
 
 
 async def _first(*futures: asyncio.Future[Any]) -> None:

@@ -153,6 +153,15 @@ def test_a_stubborn_child_and_its_own_children_are_killed(
     wait_for(lambda: not any(is_alive(pid) for pid in pids), "both to end")
 
 
+def test_a_users_own_module_is_not_run_in_place_of_pythons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "queue.py").write_text("raise SystemExit('the wrong queue')")
+    monkeypatch.chdir(tmp_path)
+    child = start_child("queue")
+    assert child.wait(LIMIT_S) == 0
+
+
 def test_the_tail_of_a_log(tmp_path: Path) -> None:
     log = tmp_path / "x.log"
     assert log_tail(log) == ""
