@@ -119,6 +119,8 @@ def _moment_notes(spec: CheckpointSeriesSpec, units: list[Unit]) -> list[str]:
 def _num_parameters(units: list[Unit]) -> tuple[int | None, list[str]]:
     """Parameter count from the first local checkpoint's safetensors headers, where there is one."""
     first = units[0].checkpoint
+    if first.source == "gguf":
+        return None, ["the model's size is not read from a GGUF file before it is measured"]
     if first.source != "local":
         return None, ["the model's size is not known before it is fetched"]
     total = 0

@@ -113,3 +113,23 @@ def test_a_no_decay_pattern_that_matches_nothing_is_refused(copied, name):
         Session(spec(optimizer=optimizer)).measure(units[0])
     for harmless in ({"weight_decay": 0.0}, {"no_decay": []}):
         Session(spec(optimizer=optimizer | harmless)).measure(units[0])
+
+
+@pytest.mark.parametrize("loss_batch", ["update", "held_out", "both"])
+def test_searches_that_use_their_budget_up_spend_the_plan_s_limit(series, loss_batch):
+    measurement = {"loss_batch": loss_batch, "repeats": 2, "max_forward_passes": 3}
+    job = parse_spec(series.spec(measurement=measurement))
+    result = Session(job).measure(expand_units(job)[0])
+    assert {m.outcome.value for m in result.measurements} == {"budget_exhausted"}
+    plan = make_plan(job)
+    assert result.num_forward_passes * len(plan.units) == plan.max_forward_passes
+    assert result.num_backward_passes * len(plan.units) == plan.num_backward_passes
+
+
+def test_the_plan_of_a_gguf_file_does_not_speak_of_fetching(series, tmp_path):
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    job = parse_spec(series.spec(checkpoints={"source": "gguf", "path": str(file)}))
+    plan = make_plan(job)
+    assert plan.num_parameters is None
+    assert plan.notes == ["the model's size is not read from a GGUF file before it is measured"]
