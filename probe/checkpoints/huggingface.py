@@ -215,7 +215,10 @@ def load_causal_lm(
     except MemoryError:
         raise
     except Exception as error:  # transformers, safetensors and config checks each raise their own
-        raise CheckpointError(f"{where}: cannot be loaded: {_first_line(error)}") from error
+        hint = ""
+        if attention != "eager" and "attn_implementation" in str(error):
+            hint = f". This model has no {attention} attention: use model.attention: eager"
+        raise CheckpointError(f"{where}: cannot be loaded: {_first_line(error)}{hint}") from error
     _check_report(where, report)
     model.config.use_cache = False
     loaded: PreTrainedModel = model.eval()

@@ -6,7 +6,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
+from probe.checkpoints import save_checkpoint
 from probe.engine import Session
 from probe.errors import CheckpointError, ConfigError, DirectionError
 from probe.plan import expand_units, make_plan
@@ -133,3 +135,25 @@ def test_the_plan_of_a_gguf_file_does_not_speak_of_fetching(series, tmp_path):
     plan = make_plan(job)
     assert plan.num_parameters is None
     assert plan.notes == ["the model's size is not read from a GGUF file before it is measured"]
+
+
+def test_a_model_without_sdpa_names_the_setting_that_runs_it(series, tmp_path):
+    config = Gemma2Config(
+        vocab_size=97,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        attn_implementation="eager",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(series.directory / "step-4")
+    save_checkpoint(Gemma2ForCausalLM(config), tmp_path / "step-1", tokenizer=tokenizer)
+    where = {"source": "local", "path": str(tmp_path / "step-1")}
+    units = expand_units(parse_spec(series.spec(checkpoints=where)))
+    with pytest.raises(CheckpointError, match=r"no sdpa attention: use model\.attention: eager"):
+        Session(parse_spec(series.spec(checkpoints=where))).measure(units[0])
+    job = parse_spec(series.spec(checkpoints=where, model__attention="eager"))
+    assert Session(job).measure(units[0]).provenance.attention == "eager"
