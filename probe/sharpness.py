@@ -26,6 +26,9 @@ from probe.line_search import (
 from probe.perturb import HALF_PRECISION, Ray
 from probe.upcast import UPCAST_NOTE, Fp32Twins, fp32_twins
 
+NO_GRAD_NOTE = (
+    "loss_fn runs under torch.no_grad(): return the loss, without zero_grad() and backward()."
+)
 HalfPrecision: TypeAlias = Literal["upcast", "cast"]
 
 
@@ -201,10 +204,12 @@ def _twin_ray(update: UpdateDirection, twins: Fp32Twins) -> Ray:
 
 @contextmanager
 def _hint(upcast: bool) -> Iterator[None]:
-    """Say beside an error of loss_fn that the model ran at fp32 twins."""
+    """Say beside an error of loss_fn under which conditions it ran, where they may be the cause."""
     try:
         yield
     except (RuntimeError, TypeError, ValueError) as error:
+        if "does not require grad" in str(error):
+            error.add_note(NO_GRAD_NOTE)
         if upcast:
             error.add_note(UPCAST_NOTE)
         raise

@@ -354,3 +354,22 @@ def test_a_learning_rate_that_is_a_tensor_is_a_valid_first_guess(search: str) ->
     assert found.outcome is SearchOutcome.CONVERGED
     assert found.trials == same.trials
     assert all(type(eta) is float for eta, _ in found.trials)
+
+
+def test_a_closure_that_calls_backward_is_told_not_to() -> None:
+    hessian, _, _ = _random_hessian(0)
+    model = Quadratic(hessian, torch.ones(6, dtype=torch.float64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = model()
+        loss.backward()
+        return loss
+
+    closure()
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    with pytest.raises(RuntimeError) as caught:
+        critical_sharpness(model, closure, optimizer=optimizer)
+    assert any("return the loss, without" in note for note in caught.value.__notes__)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
