@@ -72,7 +72,11 @@ def series_chart(results: Sequence[UnitResult], theme: Theme = "light") -> alt.V
         scale=alt.Scale(type="log", domain=domain, nice=False),
         axis=alt.Axis(format="~s", values=_log_ticks(*domain)),
     )
-    layers = [_gap_layer(gaps, position, color)] if gaps else []
+    layers = [
+        _gap_layer(ours, _outcomes(gaps), _HEIGHT - 9 - 15 * line, position, color)
+        for line, batch in enumerate(used)
+        if (ours := [row for row in gaps if row["loss_batch"] == batch])
+    ]
     if threshold:
         layers.append(_threshold_layer(threshold, position, y, color))
     layers += _answer_layers(means, repeats, position, y, color)
@@ -225,14 +229,19 @@ def _log_domain(means: Rows, repeats: Rows, threshold: Rows) -> list[float]:
     low, high = min([low, *near]), max([high, *near])
     margin = max((high / low) ** 0.08, 1.15)
     # Room below for the marks of searches without an answer.
-    return [low / margin**1.5, high * margin]
+    return [low / margin**2, high * margin]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times the powers of ten in the range; the powers alone over many decades."""
     factors = (1, 2, 5) if high / low < 3e3 else (1,)
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [v for e in exponents for f in factors if low <= (v := f * 10.0**e) <= high]
+    ticks = [v for e in exponents for f in factors if low <= (v := f * 10.0**e) <= high]
+    if len(ticks) >= 2:
+        return ticks
+    # Within a factor of two or so, an axis without a number would say nothing.
+    step = 10.0 ** math.floor(math.log10((high - low) / 2))
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _color(used: list[str], theme: Theme, *, with_threshold: bool) -> dict[str, Any]:
@@ -315,9 +324,14 @@ def _on(y: alt.Y, field: str) -> alt.Y:
     return other
 
 
-def _gap_layer(gaps: Rows, position: _XAxis, color: dict[str, Any]) -> Any:
-    """Searches without an answer, on the x axis, by outcome."""
-    seen = [o for o in _SHAPES if any(row["outcome"] == o for row in gaps)]
+def _outcomes(gaps: Rows) -> list[SearchOutcome]:
+    return [o for o in _SHAPES if any(row["outcome"] == o for row in gaps)]
+
+
+def _gap_layer(
+    gaps: Rows, seen: list[SearchOutcome], height: int, position: _XAxis, color: dict[str, Any]
+) -> Any:
+    """Searches of one loss batch without an answer, on a line of their own, by outcome."""
     shape = alt.Shape(
         "outcome:N",
         scale=alt.Scale(domain=[o.value for o in seen], range=[_SHAPES[o] for o in seen]),
@@ -328,7 +342,7 @@ def _gap_layer(gaps: Rows, position: _XAxis, color: dict[str, Any]) -> Any:
         .mark_point(size=70, strokeWidth=1.8, filled=False)
         .encode(
             x=position.encoding(),
-            y=alt.value(_HEIGHT - 9),
+            y=alt.value(height),
             shape=shape,
             color=color["color"],
             tooltip=[position.tooltip(), "series:N", "outcome:N", "searches:N"],

@@ -72,6 +72,18 @@ def test_one_failed_repeat_is_marked_beside_the_mean_of_the_others(make_unit_res
     assert mark["searches"] == "1 of 2"
 
 
+def test_marks_of_two_loss_batches_do_not_lie_on_each_other(make_unit_result):
+    result = make_unit_result(0, 1, {"update": ["no_crossing"], "held_out": ["no_crossing"]})
+    layers = to_vega(series_chart([result]))["vconcat"][0]["layer"]
+    heights = [one["encoding"]["y"]["value"] for one in layers if "shape" in one["encoding"]]
+    assert len(set(heights)) == 2
+
+
+def test_a_narrow_axis_has_numbers(make_unit_result):
+    result = make_unit_result(0, None, {"update": ["no_crossing"]}, learning_rate=2 / 2500)
+    assert {"2.4k", "2.5k", "2.6k"} <= set(texts(to_svg(series_chart([result]))))
+
+
 @pytest.mark.parametrize("learning_rate", [0.01, None])
 def test_no_answer_at_all_still_draws(make_unit_result, learning_rate):
     chart = series_chart(
