@@ -49,6 +49,7 @@ def test_parquet_reads_only_what_is_wanted(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"a\.jsonl, line 1: not UTF-8|line 2"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-9], "cannot be read"),
         ("a.jsonl.gz", b"plain", "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b"x")[:10] + b"\xff" * 9, r"a\.jsonl\.gz, .* cannot be read"),
         ("a.jsonl.zst", b"plain", "cannot be read"),
         ("a.parquet", b"plain", "not readable"),
         ("a.csv", b"text\nx\n", r"unknown format; expected \.jsonl"),
