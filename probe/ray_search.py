@@ -124,7 +124,7 @@ class RaySearch:
             loss_at_zero = self._loss_at_zero(loss_at, loss_batch)
             num_at_zero = self._meter.num_forward_passes - passes_before
             resolution = self._resolve(loss_at, loss_at_zero, loss_batch)
-            found = self._search(loss_at, slope, loss_at_zero)
+            found = self._search(loss_at, slope, loss_at_zero, resolution)
         finally:
             ray.move(0.0)
             self._model.push()
@@ -161,17 +161,26 @@ class RaySearch:
         return self._resolution
 
     def _search(
-        self, loss_at: Callable[[float], float], slope: float, loss_at_zero: float
+        self,
+        loss_at: Callable[[float], float],
+        slope: float,
+        loss_at_zero: float,
+        resolution: float,
     ) -> LineSearchResult:
         options = self._options
+        eta_min = options.eta_min
+        if slope < 0.0:
+            # Nearer to 0 the loss moves by less than its rounding, and a rounding error upwards
+            # would pass for a crossing: in bf16, from a guess of 1e-5, 1e5 times too sharp.
+            eta_min = min(max(eta_min, resolution / -slope), options.eta_max)
         return find_critical_learning_rate(
             loss_at,
-            eta_init=self._eta_init,
+            eta_init=max(self._eta_init, eta_min),
             rel_tol=options.rel_tol,
             slope=slope,
             loss_at_zero=loss_at_zero,
             search=options.search,
-            eta_min=options.eta_min,
+            eta_min=eta_min,
             eta_max=options.eta_max,
             max_forward_passes=options.max_forward_passes,
         )
