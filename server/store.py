@@ -278,6 +278,20 @@ class SqlStore:
             rows = connection.execute(query).all()
         return [Event(id=r.seq, type=r.type, at=time_of(r.at), data=r.data) for r in rows]
 
+    def notable_events(self, job_id: str, limit: int) -> tuple[list[Event], int]:
+        self.settle(job_id)
+        query = (
+            sa.select(events)
+            .where(events.c.job_id == job_id, events.c.type != "unit.progress")
+            .order_by(events.c.seq.desc())
+            .limit(limit)
+        )
+        with self.engine.connect() as connection:
+            last = connection.scalar(sa.select(jobs.c.num_events).where(jobs.c.id == job_id))
+            rows = connection.execute(query).all()
+        found = [Event(id=r.seq, type=r.type, at=time_of(r.at), data=r.data) for r in rows]
+        return found[::-1], last or 0
+
     def settle(self, job_id: str) -> None:
         """Write a job's closing event if DBOS says that it has ended and none is there.
 

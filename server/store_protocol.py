@@ -53,6 +53,9 @@ class Store(Protocol):
     def events_after(self, job_id: str, after: int, limit: int = 1000) -> list[Event]:
         """Events with an id above `after`, in order; a finished job's last one is `job.*ed`."""
 
+    def notable_events(self, job_id: str, limit: int) -> tuple[list[Event], int]:
+        """The last `limit` events that are not progress, in order; and the last id of all."""
+
     def beat(self, worker: WorkerView) -> None: ...
 
     def list_workers(self) -> list[WorkerView]: ...

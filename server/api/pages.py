@@ -90,13 +90,14 @@ def jobs_page(
 @router.get("/jobs/{job_id}")
 def job_page(job: JobDep, store: StoreDep) -> HTMLResponse:
     """One job: progress, chart, table, events."""
-    events = store.events_after(job.id, 0, limit=1_000_000)
+    # Progress is left out by the database: a long job has hundreds of thousands of such events.
+    events, last_event_id = store.notable_events(job.id, _EVENTS_SHOWN)
     return _page(
         "job.html",
         job=job,
         rows=summary_rows(store.unit_results(job.id)),
-        events=[e for e in events if e.type != "unit.progress"][-_EVENTS_SHOWN:],
-        last_event_id=events[-1].id if events else 0,
+        events=events,
+        last_event_id=last_event_id,
     )
 
 

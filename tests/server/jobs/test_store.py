@@ -144,6 +144,17 @@ def test_event_ids_have_no_gaps_whoever_writes(store, create):
     assert [e.id for e in store.events_after(view.id, 40, limit=3)] == [41, 42, 43]
 
 
+def test_notable_events_leave_progress_out(store, create):
+    view, _ = create()
+    for number in range(6):
+        store.append_event(view.id, "unit.progress", {})
+        store.append_event(view.id, "unit.started", {"index": number})
+    store.append_event(view.id, "unit.progress", {})
+    found, last = store.notable_events(view.id, 2)
+    assert [(e.id, e.data) for e in found] == [(11, {"index": 4}), (13, {"index": 5})]
+    assert last == 14
+
+
 @pytest.mark.parametrize(
     ("dbos_status", "status", "code"),
     [
