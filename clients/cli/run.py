@@ -69,6 +69,11 @@ def run(
         _measure(planned, results, quiet=json_output)
     except ProbeError as error:  # what is finished is written first
         failure = error
+    except KeyboardInterrupt:
+        if results:
+            so_far = ResultList(job_id="local", status="cancelled", data=results)
+            _give_out(so_far, out, chart, json_output)
+        raise
     found = ResultList(
         job_id="local", status="failed" if failure is not None else "succeeded", data=results
     )

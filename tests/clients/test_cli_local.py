@@ -154,6 +154,24 @@ def test_run_goes_on_after_a_failed_unit_and_ends_with_its_error(
     assert done.stderr.strip().endswith("error: 0000-step-0: NaN")
 
 
+def test_an_interrupted_run_keeps_what_is_finished(
+    probe: Any, wire: Any, job_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clients.cli import run
+    from probe.result import UnitResult
+
+    def measure(_plan: Any, results: list[UnitResult], *, quiet: bool) -> None:
+        results.append(UnitResult.model_validate(wire.result(0, 800.0)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_measure", measure)
+    out = job_file.parent / "r.json"
+    done = probe("run", str(job_file), "--out", str(out))
+    assert done.exit_code != 0
+    found = json.loads(out.read_text())
+    assert (found["status"], len(found["data"])) == ("cancelled", 1)
+
+
 def test_run_shows_the_log_of_a_child_that_dies(
     probe: Any, wire: Any, job_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
