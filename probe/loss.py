@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
 from probe.chunked_head import head_nll
@@ -51,14 +52,26 @@ class LossSums:
 
 def micro_batches(batch: TokenBatch, size: int, device: torch.device) -> Iterator[tuple[Any, Any]]:
     """(ids, mask) of exactly `size` sequences each, on `device`; fill-up rows have no target."""
-    for start in range(0, batch.input_ids.shape[0], size):
-        ids = batch.input_ids[start : start + size]
-        mask = batch.loss_mask[start : start + size]
-        missing = size - ids.shape[0]
-        if missing:
-            ids = functional.pad(ids, (0, 0, 0, missing))
-            mask = functional.pad(mask, (0, 0, 0, missing))
-        yield ids.to(device), mask.to(device)
+    for index in range(num_micro_batches(batch, size)):
+        yield micro_batch(batch, index, size, device)
+
+
+def num_micro_batches(batch: TokenBatch, size: int) -> int:
+    """How many micro-batches of `size` sequences hold the batch."""
+    return -(-batch.input_ids.shape[0] // size)
+
+
+def micro_batch(
+    batch: TokenBatch, index: int, size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(ids, mask) of one of them; see `micro_batches`."""
+    rows = slice(index * size, (index + 1) * size)
+    ids, mask = batch.input_ids[rows], batch.loss_mask[rows]
+    missing = size - ids.shape[0]
+    if missing:
+        ids = functional.pad(ids, (0, 0, 0, missing))
+        mask = functional.pad(mask, (0, 0, 0, missing))
+    return ids.to(device), mask.to(device)
 
 
 class CausalLoss:
@@ -84,9 +97,7 @@ class CausalLoss:
         nll: list[float] = []
         with torch.no_grad():
             for ids, mask in micro_batches(batch, self.micro_batch_sequences, self.device):
-                per_token = torch.zeros(mask.numel(), dtype=torch.float64, device=self.device)
-                per_token[mask.flatten()] = self._target_nll(ids, mask).double()
-                nll += per_token.view_as(mask).sum(1).tolist()
+                nll += self._sequence_sums(ids, mask)
         counts = tuple(batch.loss_mask.sum(1).tolist())
         return LossSums(tuple(nll[: len(counts)]), counts)
 
@@ -107,11 +118,22 @@ class CausalLoss:
             raise BatchError("no token of this batch is a target: its loss mask is all False")
         total = 0.0
         for ids, mask in micro_batches(batch, self.micro_batch_sequences, self.device):
-            with torch.enable_grad():
-                nll = self._target_nll(ids, mask)
-                nll.sum().backward()  # type: ignore[no-untyped-call]
-            total += float(nll.detach().double().sum())
+            total += self._backward_sum(ids, mask)
         return total / int(batch.loss_mask.sum())
+
+    def _sequence_sums(self, ids: Tensor, mask: Tensor) -> list[float]:
+        """Nats over the targets of each sequence of one micro-batch, added in fp64."""
+        per_token = torch.zeros(mask.numel(), dtype=torch.float64, device=self.device)
+        per_token[mask.flatten()] = self._target_nll(ids, mask).double()
+        sums: list[float] = per_token.view_as(mask).sum(1).tolist()
+        return sums
+
+    def _backward_sum(self, ids: Tensor, mask: Tensor) -> float:
+        """Backward of one micro-batch; nats over all its targets."""
+        with torch.enable_grad():
+            nll = self._target_nll(ids, mask)
+            nll.sum().backward()  # type: ignore[no-untyped-call]
+        return float(nll.detach().double().sum())
 
     def _target_nll(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(num_targets,) nats in row-major order of the mask."""
@@ -138,12 +160,15 @@ def chunked_nll(model: nn.Module, ids: Tensor, rows: Tensor, targets: Tensor) ->
     head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
 
     def forward(hidden: Tensor) -> Tensor:  # (num_sequences, length, hidden)
-        found.append(head_nll(hidden.flatten(0, 1), head.weight, head.bias, rows, targets))
-        return hidden.new_zeros(*hidden.shape[:-1], 1)  # nobody reads it
+        nll = head_nll(hidden.flatten(0, 1), head.weight, head.bias, rows, targets)
+        # What comes out must be the tensor backward starts from, and no view of another: FSDP
+        # hangs the hook on it that gathers the weight again.
+        found.append(nll[None, None].clone())
+        return found[-1]
 
     with _replaced_forward(head, forward):
         model(input_ids=ids, use_cache=False)
-    return found[0]
+    return found[0].flatten()
 
 
 @contextmanager
@@ -164,10 +189,13 @@ def plain_path_reason(model: nn.Module) -> str | None:
 
     Cost: three forward passes of 8 tokens.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if type(head) is not nn.Linear:
-        return f"the output layer is {type(head).__name__}, not a plain Linear"
-    if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    kind, gathers = type(head), isinstance(head, FSDPModule)
+    if (kind.__mro__[2] if gathers else kind) is not nn.Linear:  # fully_shard puts its class first
+        return f"the output layer is {kind.__name__}, not a plain Linear"
+    # A sharded layer has hooks of FSDP's own, which still run around a replaced forward.
+    num_hooks = len(head._forward_hooks) + len(head._forward_pre_hooks)
+    if num_hooks > (2 if gathers else 0) or "forward" in head.__dict__:
         return "the output layer has hooks"
     ids = (torch.arange(8, device=head.weight.device) % head.weight.shape[0])[None]
     seen: list[Tensor] = []
