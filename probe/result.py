@@ -28,9 +28,12 @@ class CheckpointRef(_Result):
     revision: str | None = Field(None, description="Hub revision; None for local files.")
     step: int | None = Field(None, description="Training step, None where a single one has none.")
     num_tokens: int | None = Field(None, description="Tokens seen, where the source says so.")
-    format: str | None = Field(None, description="safetensors, safetensors-index or gguf.")
+    format: str | None = Field(None, description="safetensors, safetensors-index, dcp or gguf.")
     has_moments: bool | None = Field(None, description="AdamW moments present; None: not known.")
     size_bytes: int | None = Field(None, description="Bytes on disk, where known.")
+    config: str | None = Field(
+        None, description="Hugging Face config.json for a checkpoint without one of its own."
+    )
 
     @property
     def label(self) -> str:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import regex  # type: ignore[import-untyped]  # as `re`, with a time limit
 
-from probe.checkpoints.layout import looks_like_checkpoint, read_json_object, read_layout
+from probe.checkpoints.formats import format_of, looks_like_checkpoint
+from probe.checkpoints.layout import read_json_object
 from probe.checkpoints.revisions import matching_revisions
 from probe.errors import CheckpointError, ConfigError
 from probe.result import CheckpointRef
@@ -77,11 +78,14 @@ def _local(spec: LocalCheckpoints) -> list[CheckpointRef]:
     if not directories:
         raise CheckpointError(f"{spec.path}: no checkpoint directory there; {_near(expanded)}")
     search = _searcher(spec.step_pattern)
-    return [_local_ref(directory, search) for directory in directories]
+    config = None if spec.config is None else os.path.abspath(os.path.expanduser(spec.config))
+    if config is not None and not os.path.exists(config):
+        raise CheckpointError(f"checkpoints.config: {spec.config}: no such file; {_near(config)}")
+    return [_local_ref(directory, search, config) for directory in directories]
 
 
-def _local_ref(directory: Path, search: "_Search") -> CheckpointRef:
-    layout = read_layout(directory)
+def _local_ref(directory: Path, search: "_Search", config: str | None) -> CheckpointRef:
+    found = format_of(directory).describe(directory)
     step = _step_of(search, directory.name)
     num_tokens = tokens_in_name(directory.name)
     state_path = directory / "training_state.json"
@@ -101,9 +105,10 @@ def _local_ref(directory: Path, search: "_Search") -> CheckpointRef:
         location=str(directory),
         step=step,
         num_tokens=num_tokens,
-        format=layout.format,
-        has_moments=layout.has_moments,
-        size_bytes=layout.size_bytes,
+        format=found.format,
+        has_moments=found.has_moments,
+        size_bytes=found.size_bytes,
+        config=config,
     )
 
 

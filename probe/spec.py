@@ -15,7 +15,7 @@ class _Spec(BaseModel):
 
 
 class LocalCheckpoints(_Spec):
-    """Hugging Face safetensors directories on this machine."""
+    """Checkpoint directories on this machine: Hugging Face safetensors or torch DCP."""
 
     source: Literal["local"] = "local"
     path: str = Field(
@@ -24,6 +24,12 @@ class LocalCheckpoints(_Spec):
     step_pattern: str = Field(
         r"(?:step|checkpoint|ckpt|iter)[-_]?(\d+)",
         description="Regex with one group: the training step, searched in the directory's name.",
+    )
+    config: str | None = Field(
+        None,
+        min_length=1,
+        description="Hugging Face config.json (or a directory with one) of the model, for torch "
+        "DCP directories that hold none.",
     )
     every: int = Field(1, ge=1, description="Take every k-th checkpoint of the sorted series.")
     first_step: int | None = Field(None, ge=0, description="Leave out checkpoints before it.")

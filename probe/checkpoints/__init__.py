@@ -1,6 +1,7 @@
 """Open and save checkpoints. Importing this package alone imports no torch.
 
-A new format is one file here with a `Source`, plus one line in `_OPENERS`.
+A new format of local directories is one file here with a `Source`, plus one line in
+`probe.checkpoints.formats`; a new kind of place is one line in `_OPENERS`.
 """
 
 from importlib import import_module
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from probe.checkpoints.source import Source as Source
 
 _OPENERS = {  # CheckpointRef.source -> module with open_source(ref)
-    "local": "probe.checkpoints.huggingface",
+    "local": "probe.checkpoints.local",
     "hub": "probe.checkpoints.hub",
     "gguf": "probe.checkpoints.gguf",
 }

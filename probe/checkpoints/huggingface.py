@@ -218,8 +218,8 @@ def load_causal_lm(
         hint = ""
         if attention != "eager" and "attn_implementation" in str(error):
             hint = f". This model has no {attention} attention: use model.attention: eager"
-        raise CheckpointError(f"{where}: cannot be loaded: {_first_line(error)}{hint}") from error
-    _check_report(where, report)
+        raise CheckpointError(f"{where}: cannot be loaded: {first_line(error)}{hint}") from error
+    check_report(where, report)
     model.config.use_cache = False
     loaded: PreTrainedModel = model.eval()
     return loaded
@@ -248,12 +248,20 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Tokenizer:
             str(directory), local_files_only=True, trust_remote_code=False, **options
         )
     except Exception as error:  # as above
-        raise CheckpointError(f"{name}: no usable tokenizer: {_first_line(error)}") from error
+        raise CheckpointError(f"{name}: no usable tokenizer: {first_line(error)}") from error
     return tokenizer
 
 
-def _check_report(where: Path, report: dict[str, Any]) -> None:
-    """Turn what transformers only warns about into errors."""
+def check_report(where: Path, report: dict[str, Any]) -> None:
+    """Turn what transformers only warns about into errors.
+
+    Args:
+        where: For messages.
+        report: What `from_pretrained` gives with `output_loading_info`.
+
+    Raises:
+        CheckpointError: A weight is missing, superfluous or of the wrong shape.
+    """
     mismatched = sorted(report.get("mismatched_keys") or [])
     if mismatched:
         key, found, expected = mismatched[0][:3]
@@ -303,7 +311,8 @@ def _nearest(key: str, candidates: dict[str, StoredTensor]) -> str:
     return ", ".join(near) + f" of {len(candidates)}" if near else "none"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first lines of an error's message, as one; its class where it says nothing."""
     text = str(error).strip() or type(error).__name__
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return "; ".join(lines[:3])

@@ -42,7 +42,7 @@ class Layout:
         return bool(self.moments)
 
 
-def looks_like_checkpoint(directory: Path) -> bool:
+def looks_like_huggingface(directory: Path) -> bool:
     """Whether a directory claims to be a checkpoint: a config, weights, or pickles of them."""
     return directory.is_dir() and (
         (directory / "config.json").is_file()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from probe.result import CheckpointRef
-from probe.spec import Checkpoints, CheckpointSeriesSpec, FileData, HubCheckpoints
+from probe.spec import Checkpoints, CheckpointSeriesSpec, FileData, HubCheckpoints, LocalCheckpoints
 from server.api.problems import ProblemError, invalid
 from server.wire import FieldProblem
 
@@ -33,6 +33,9 @@ def check_checkpoints(
     prefix = f"{field}." if field else ""
     if not isinstance(checkpoints, HubCheckpoints):
         _check_pattern(checkpoints.path, roots, f"{prefix}path")
+        if isinstance(checkpoints, LocalCheckpoints) and checkpoints.config is not None:
+            _check_pattern(checkpoints.config, roots, f"{prefix}config")
+            _check_path(Path(checkpoints.config) / "config.json", roots, f"{prefix}config")
     elif ".." in checkpoints.repo.split("/") or Path(checkpoints.repo).exists():
         # Loaders take a directory of that name before they ask the hub.
         raise _refused(checkpoints.repo, roots, f"{prefix}repo")
@@ -74,7 +77,8 @@ def check_found(refs: Iterable[CheckpointRef], roots: Sequence[Path]) -> None:
             location = Path(ref.location)
             _check_path(location, roots, "checkpoints.path")
             if location.is_dir():
-                for inner in location.iterdir():
+                # formats of several ranks keep their files one level further down
+                for inner in itertools.chain(location.glob("*"), location.glob("*/*")):
                     _check_path(inner, roots, "checkpoints.path")
 
 

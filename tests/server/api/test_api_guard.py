@@ -155,6 +155,25 @@ def test_checkpoints_outside_the_roots_or_linked_out_are_refused(fenced, spec, w
     assert fenced.get("/v1/jobs").json()["data"] == []
 
 
+def test_a_config_outside_the_roots_or_linked_out_is_refused(fenced, spec, workspace):
+    (workspace / "outside" / "config.json").write_text("{}")
+    (workspace / "runs" / "conf").mkdir()
+    (workspace / "runs" / "conf" / "config.json").symlink_to(workspace / "outside/config.json")
+    spec["checkpoints"]["path"] = str(workspace / "runs" / "step-[23]00")
+    for config in ("outside", "outside/config.json", "runs/conf", "runs/conf/config.json"):
+        spec["checkpoints"]["config"] = str(workspace / config)
+        for url in ("/v1/jobs", "/v1/jobs:plan"):
+            assert refused_field(fenced.post(url, json=spec)) == "checkpoints.config"
+
+
+def test_files_of_a_part_of_a_checkpoint_that_are_linked_out_are_refused(fenced, spec, workspace):
+    part = workspace / "runs" / "step-200" / "optimizer_0"
+    part.mkdir()
+    (part / "__0_0.data").symlink_to("/etc/hostname")
+    spec["checkpoints"]["path"] = str(workspace / "runs" / "step-[23]00")
+    assert refused_field(fenced.post("/v1/jobs", json=spec)) == "checkpoints.path"
+
+
 def test_a_gguf_file_outside_the_roots_is_refused(fenced, spec):
     spec["checkpoints"] = {"source": "gguf", "path": "/etc/passwd"}
     assert refused_field(fenced.post("/v1/jobs", json=spec)) == "checkpoints.path"

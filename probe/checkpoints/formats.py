@@ -1,0 +1,69 @@
+"""Which format a local checkpoint directory is in, and what a listing says of it (torch-free).
+
+The order matters: OLMo-core's directories hold DCP, and a Trainer's hold safetensors. A new
+format is one line in `_FORMATS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from probe.checkpoints.dcp_index import dcp_parts, read_dcp_index
+from probe.checkpoints.dcp_keys import moment_keys
+from probe.checkpoints.layout import looks_like_huggingface, read_layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What headers say of one checkpoint."""
+
+    format: str
+    has_moments: bool
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One format of local directories."""
+
+    matches: Callable[[Path], bool]
+    describe: Callable[[Path], Found]  # raises CheckpointError for a broken one
+    opener: str  # module with open_source(ref)
+
+
+def looks_like_checkpoint(directory: Path) -> bool:
+    """Whether a directory claims to be a checkpoint of any format, finished or not."""
+    return directory.is_dir() and (
+        looks_like_huggingface(directory) or bool(dcp_parts(directory)) or _unfinished(directory)
+    )
+
+
+def format_of(directory: Path) -> Format:
+    """The format of a directory; Hugging Face where no other fits, whose reader says what lacks."""
+    return next(each for each in _FORMATS if each.matches(directory))
+
+
+def _huggingface(directory: Path) -> Found:
+    layout = read_layout(directory)
+    return Found(format=layout.format, has_moments=layout.has_moments, size_bytes=layout.size_bytes)
+
+
+def _is_dcp(directory: Path) -> bool:
+    holds_weights = any(directory.glob("model*.safetensors"))
+    return not holds_weights and (bool(dcp_parts(directory)) or _unfinished(directory))
+
+
+def _dcp(directory: Path) -> Found:
+    index = read_dcp_index(directory, dcp_parts(directory))
+    return Found(format="dcp", has_moments=bool(moment_keys(index)), size_bytes=index.size_bytes)
+
+
+def _unfinished(directory: Path) -> bool:
+    """DCP writes `.metadata` last: data files without it are a save that was cut off."""
+    return any(directory.glob("*.distcp")) or any(directory.glob("*/*.distcp"))
+
+
+_FORMATS = (
+    Format(_is_dcp, _dcp, "probe.checkpoints.dcp"),
+    Format(lambda _: True, _huggingface, "probe.checkpoints.huggingface"),
+)
