@@ -155,7 +155,7 @@ class RaySearch:
             self._resolution = loss_resolution(
                 at_zero,
                 loss_at(0.0),
-                dtype=self._model.shards[0].live.dtype,
+                dtype=self._model.dtype,
                 num_targets=batch.num_targets,
             )
         return self._resolution

@@ -21,7 +21,7 @@ class Shard:
     lo: int
     hi: int
     base: "Tensor"  # (hi - lo,) unperturbed values, fp32 (fp64 for fp64 models); never perturbed
-    live: "Tensor"  # (hi - lo,) view of what the forward pass reads, in the forward dtype
+    live: "Tensor"  # (hi - lo,) view of what the forward pass reads; FSDP2 casts it when gathering
 
 
 class ShardedModel(Protocol):
@@ -35,6 +35,7 @@ class ShardedModel(Protocol):
     num_ranks: int
     model: "nn.Module"
     device: "torch.device"
+    dtype: "torch.dtype"  # of the forward pass; live shards may be wider
     shards: Sequence[Shard]
 
     def push(self) -> None:

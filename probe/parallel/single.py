@@ -31,6 +31,7 @@ class SingleModel:
         self.model = model.to(device).eval()
         self.device = device
         self._parameters = dict(model.named_parameters())
+        self.dtype = next(iter(self._parameters.values())).dtype
         stored = dict(weights.named_parameters())
         self.shards: Sequence[Shard] = [
             _shard(name, parameter, stored[name]) for name, parameter in self._parameters.items()

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from probe.batches.batch import make_batch
 from probe.checkpoints import open_checkpoint
 from probe.errors import CheckpointError, ProbeError
 from probe.line_search import find_critical_learning_rate
@@ -24,8 +25,10 @@ from probe.parallel.distributed_loss import DistributedLoss
 from probe.parallel.fsdp2 import Fsdp2Model
 from probe.parallel.skeleton import empty_model
 from probe.perturb import Ray
+from probe.progress import Meter
+from probe.ray_search import RaySearch
 from probe.result import CheckpointRef
-from probe.spec import AdamW
+from probe.spec import AdamW, MeasurementOptions
 from probe.update import UpdateRule
 
 CPU = torch.device("cpu")
@@ -85,6 +88,7 @@ def measure(directory: Path, case: dict[str, Any], dtype: torch.dtype) -> dict[s
     found["losses"] = along(model, loss, batch, delta, case["etas"])
     found["num_passes"] = len(passes)
     found["searches"] = {s: search(model, loss, batch, delta, case, s) for s in case["searches"]}
+    found["measured"] = measured(model, loss, case, delta)
     # An error in the middle of a pass, on all ranks alike, leaves nothing gathered behind.
     broken = model.model.model.layers[1].register_forward_pre_hook(fail)
     try:
@@ -108,6 +112,16 @@ def measure(directory: Path, case: dict[str, Any], dtype: torch.dtype) -> dict[s
     found["losses_after_backward"] = along(model, loss, batch, delta, case["etas"][:2])
     found["unseen"] = model.unseen()
     return found
+
+
+def measured(model, loss, case, delta):
+    """What the engine's own search records, wall clock left out."""
+    batch = make_batch(case["ids"], case["mask"], [""] * len(case["ids"]))
+    meter = Meter(None)
+    options = MeasurementOptions(loss_batch="update")
+    run = RaySearch(model, loss, options, meter, "update", None).run
+    result = run(repeat=0, delta=delta, slope=case["slope"], update_batch=batch, loss_batch=batch)
+    return result.model_dump(mode="json", exclude={"duration_s"})
 
 
 def fail(*_):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
+from probe.batches.batch import make_batch
 from probe.checkpoints import open_checkpoint, save_checkpoint
 from probe.errors import CheckpointError, ConfigError, ParallelismError
 from probe.line_search import find_critical_learning_rate
@@ -20,8 +21,10 @@ from probe.parallel.fsdp2 import Fsdp2Model, _refuse_fp32_islands
 from probe.parallel.single import SingleModel
 from probe.parallel.skeleton import empty_model, fill_buffers
 from probe.perturb import Ray
+from probe.progress import Meter
+from probe.ray_search import RaySearch
 from probe.result import CheckpointRef
-from probe.spec import AdamW
+from probe.spec import AdamW, MeasurementOptions
 from probe.update import UpdateRule
 
 pytestmark = pytest.mark.distributed
@@ -91,7 +94,7 @@ def measure(directory: Path, dtype: torch.dtype, batch: Any) -> dict[str, Any]:
         "delta": dict(zip(names, adamw, strict=True)),
         "slope": adamw_slope,
     }
-    case = {
+    case: dict[str, Any] = {
         "delta": dict(zip(names, delta, strict=True)),
         "slope": slope,
         "ids": batch.input_ids,
@@ -100,7 +103,18 @@ def measure(directory: Path, dtype: torch.dtype, batch: Any) -> dict[str, Any]:
         "etas": ETAS,
         "searches": SEARCHES,
     }
+    truth["measured"] = measured(model, loss, case, delta)
     return {"truth": truth, "case": case}
+
+
+def measured(model, loss, case, delta):
+    """What the engine's own search records, wall clock left out."""
+    batch = make_batch(case["ids"], case["mask"], [""] * len(case["ids"]))
+    options = MeasurementOptions(loss_batch="update")
+    result = RaySearch(model, loss, options, Meter(None), "update", None).run(
+        repeat=0, delta=delta, slope=case["slope"], update_batch=batch, loss_batch=batch
+    )
+    return result.model_dump(mode="json", exclude={"duration_s"})
 
 
 def along(model, loss, batch, delta, slope):
@@ -207,6 +221,14 @@ def test_losses_along_the_ray_are_identical(gang, name):
 def test_brackets_and_trials_are_identical(gang, name):
     for rank in gang.ranks:
         assert rank[name]["searches"] == gang.truths[name]["searches"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_engines_search_records_the_same(gang, name):
+    # The loss resolution is bf16's too, though FSDP2's live shards are fp32.
+    assert gang.truths[name]["measured"]["outcome"] == "converged"
+    for rank in gang.ranks:
+        assert rank[name]["measured"] == gang.truths[name]["measured"]
 
 
 @pytest.mark.parametrize("name", CASES)
