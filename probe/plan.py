@@ -4,6 +4,7 @@ A spec expands into an ordered list of units; the list is stored with the job, s
 measures the same checkpoints even if the directory has changed since.
 """
 
+import glob
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from probe.result import CheckpointRef, Plan, Unit
 from probe.schedule import learning_rate_at
 from probe.series import list_checkpoints
-from probe.spec import AdamW, CheckpointSeriesSpec
+from probe.spec import AdamW, CheckpointSeriesSpec, FileData
 from probe.spec_load import resolved, spec_sha256
 
 # Typical passes of one search once its first guess is good; the benchmark `passes.py` measures
@@ -68,7 +69,7 @@ def make_plan(spec: CheckpointSeriesSpec) -> Plan:
         * max(spec.batches.batch_sequences, spec.batches.held_out_sequences or 0),
         num_parameters=num_parameters,
         memory_bytes=_memory_bytes(spec, num_parameters),
-        notes=notes + _moment_notes(spec, units),
+        notes=notes + _moment_notes(spec, units) + _file_notes(spec),
     )
 
 
@@ -114,6 +115,13 @@ def _moment_notes(spec: CheckpointSeriesSpec, units: list[Unit]) -> list[str]:
             "optimizer.moments is 'checkpoint': those units will fail"
         )
     return notes
+
+
+def _file_notes(spec: CheckpointSeriesSpec) -> list[str]:
+    """Data files that are not here. Globs are left to the run: they can be slow to follow."""
+    named = [path for s in spec.batches.sources if isinstance(s, FileData) for path in s.paths]
+    missing = [p for p in named if not glob.has_magic(p) and not Path(p).expanduser().is_file()]
+    return [f"data file {path!r} is not on this machine: units will fail" for path in missing]
 
 
 def _num_parameters(units: list[Unit]) -> tuple[int | None, list[str]]:
