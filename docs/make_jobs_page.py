@@ -100,7 +100,8 @@ def _default_text(field: Any, inner: list[type[BaseModel]]) -> str:
     value = field.get_default(call_default_factory=True)
     if inner or value is PydanticUndefined:
         return "its defaults"
-    return "" if value is None else f"`{value}`".replace("|", "\\|")
+    shown = repr(value) if isinstance(value, str) and "\n" in value else str(value)
+    return "" if value is None else f"`{shown}`".replace("|", "\\|")
 
 
 def main() -> int:
