@@ -28,7 +28,9 @@ class CheckpointRef(_Result):
     revision: str | None = Field(None, description="Hub revision; None for local files.")
     step: int | None = Field(None, description="Training step, None where a single one has none.")
     num_tokens: int | None = Field(None, description="Tokens seen, where the source says so.")
-    format: str | None = Field(None, description="safetensors, safetensors-index, dcp or gguf.")
+    format: str | None = Field(
+        None, description="One of safetensors, safetensors-index, dcp, olmo-core, gguf."
+    )
     has_moments: bool | None = Field(None, description="AdamW moments present; None: not known.")
     size_bytes: int | None = Field(None, description="Bytes on disk, where known.")
     config: str | None = Field(
@@ -108,7 +110,7 @@ class Provenance(_Result):
     git_commit: str | None
     device: str = Field(description="For example `cpu (2 threads)` or the GPU's name.")
     dtype: str
-    backend: Literal["single"] = "single"
+    backend: Literal["single", "fsdp2"] = "single"
     num_ranks: int = 1
     attention: str = Field(description="Kernel in use: sdpa, eager or flash_attention_2.")
     moments: MomentsSource

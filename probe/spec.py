@@ -15,7 +15,7 @@ class _Spec(BaseModel):
 
 
 class LocalCheckpoints(_Spec):
-    """Checkpoint directories on this machine: Hugging Face safetensors or torch DCP."""
+    """Directories on this machine: Hugging Face safetensors, torch DCP or OLMo-core."""
 
     source: Literal["local"] = "local"
     path: str = Field(

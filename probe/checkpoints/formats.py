@@ -34,7 +34,10 @@ class Format:
 def looks_like_checkpoint(directory: Path) -> bool:
     """Whether a directory claims to be a checkpoint of any format, finished or not."""
     return directory.is_dir() and (
-        looks_like_huggingface(directory) or bool(dcp_parts(directory)) or _unfinished(directory)
+        looks_like_huggingface(directory)
+        or _is_olmo_core(directory)
+        or bool(dcp_parts(directory))
+        or _unfinished(directory)
     )
 
 
@@ -46,6 +49,17 @@ def format_of(directory: Path) -> Format:
 def _huggingface(directory: Path) -> Found:
     layout = read_layout(directory)
     return Found(format=layout.format, has_moments=layout.has_moments, size_bytes=layout.size_bytes)
+
+
+def _is_olmo_core(directory: Path) -> bool:
+    return (directory / "model_and_optim").is_dir()
+
+
+def _olmo_core(directory: Path) -> Found:
+    part = directory / "model_and_optim"
+    index = read_dcp_index(directory, dcp_parts(part)[:1])
+    moments = bool(moment_keys(index))
+    return Found(format="olmo-core", has_moments=moments, size_bytes=index.size_bytes)
 
 
 def _is_dcp(directory: Path) -> bool:
@@ -64,6 +78,7 @@ def _unfinished(directory: Path) -> bool:
 
 
 _FORMATS = (
+    Format(_is_olmo_core, _olmo_core, "probe.checkpoints.olmo_core"),
     Format(_is_dcp, _dcp, "probe.checkpoints.dcp"),
     Format(lambda _: True, _huggingface, "probe.checkpoints.huggingface"),
 )

@@ -1,5 +1,6 @@
 """The same run in every local format gives the same numbers as its safetensors directories."""
 
+import json
 import warnings
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
+from probe.checkpoints.olmo_core import olmo_core_name
 from probe.engine import Session
 from probe.plan import expand_units
 from probe.spec_load import parse_spec
@@ -59,3 +61,38 @@ def test_torch_dcp(series, expected, tmp_path):
         "config": str(series.directory / "step-4"),
     }
     assert measure(series, "", checkpoints=checkpoints) == expected
+
+
+def test_olmo_core(series, expected, tmp_path):
+    """Its config.json is the run's, not a Hugging Face one; names differ throughout."""
+    hf = json.loads((series.directory / "step-4" / "config.json").read_text())
+    norm = {"name": "rms", "eps": hf["rms_norm_eps"], "bias": False}
+    attention = {
+        "n_heads": hf["num_attention_heads"],
+        "n_kv_heads": hf["num_key_value_heads"],
+        "rope": {"theta": hf["rope_parameters"]["rope_theta"]},
+        "qk_norm": norm,
+    }
+    block = {
+        "name": "reordered_norm",
+        "sequence_mixer": attention,
+        "layer_norm": norm,
+        "feed_forward": {"hidden_size": hf["intermediate_size"]},
+    }
+    model = {
+        "d_model": hf["hidden_size"],
+        "vocab_size": hf["vocab_size"],
+        "n_layers": hf["num_hidden_layers"],
+        "block": block,
+        "lm_head": {"layer_norm": norm},
+    }
+    run = {"model": model, "train_module": {"max_sequence_length": 64}}
+    for step in STEPS:
+        weights, state = tensors_of(series.directory / f"step-{step}")
+        stored = {f"model.{olmo_core_name(name)}": value for name, value in weights.items()}
+        for key, value in state.items():
+            name, _, kind = key.rpartition(".")
+            stored[f"optim.state.{olmo_core_name(name)}.{kind}"] = value
+        dcp_save(stored, tmp_path / f"step{step}" / "model_and_optim")
+        (tmp_path / f"step{step}" / "config.json").write_text(json.dumps(run))
+    assert measure(series, str(tmp_path / "step*")) == expected
