@@ -22,7 +22,7 @@ from probe.errors import BatchError, ConfigError
 from probe.loss import CausalLoss
 from probe.memory import PeakMemory, out_of_memory_explained
 from probe.moments import Moments, NoMoments, WarmupMoments, choose_moments
-from probe.parallel.single import SingleModel
+from probe.parallel.resident import Model, ResidentModel, num_ranks
 from probe.progress import Meter, OnProgress
 from probe.provenance import device_name, git_commit, package_versions
 from probe.ray_search import RaySearch, check_finite
@@ -42,6 +42,9 @@ _LOSS_BATCHES: dict[str, tuple[LossBatch, ...]] = {
 class Session:
     """Measures checkpoints of one job spec on this machine.
 
+    Where torch.distributed was initialised with more than one rank, the model is sharded over all
+    of them: every rank makes a session of the same spec and measures the same units.
+
     Args:
         spec: The job. The tokenizer is each checkpoint's own unless `model.tokenizer` names
             one for all; batches are drawn again only where it differs from the one before.
@@ -54,6 +57,7 @@ class Session:
         self.spec = spec
         self.device = choose_device(spec.model.device)
         self.dtype: torch.dtype = getattr(torch, spec.model.dtype)
+        self.num_ranks = num_ranks()
         self.attention = choose_attention(
             spec.model.attention, device=self.device, dtype=self.dtype
         )
@@ -64,7 +68,13 @@ class Session:
         )
         self._batches: BatchSet | None = None
         self._tokenizer_key = ""  # of the tokenizer the batches were made with
-        self._resident: tuple[SingleModel, CausalLoss] | None = None
+        self._resident: tuple[Model, CausalLoss] | None = None
+        self._models = ResidentModel(
+            device=self.device,
+            dtype=self.dtype,
+            attention=self.attention,
+            micro_batch_sequences=self._micro_batch_sequences,
+        )
 
     def measure(
         self,
@@ -130,8 +140,8 @@ class Session:
             git_commit=git_commit(),
             device=device_name(self.device),
             dtype=self.spec.model.dtype,
-            backend="single",
-            num_ranks=checkpoint.model.num_ranks,
+            backend="single" if self.num_ranks == 1 else "fsdp2",
+            num_ranks=self.num_ranks,
             attention=self.attention,
             moments=checkpoint.moments.source,
             moments_detail=checkpoint.moments.detail,
@@ -143,18 +153,10 @@ class Session:
             finished_at=dt.datetime.now(dt.UTC),
         )
 
-    def _load(self, source: Source) -> tuple[SingleModel, CausalLoss]:
+    def _load(self, source: Source) -> tuple[Model, CausalLoss]:
         """The checkpoint's values in the resident model, or a new one where the config differs."""
-        weights = source.load_model(torch.float32, self.attention)
-        if self._resident is not None and _same_architecture(self._resident[0].model, weights):
-            self._resident[0].load(weights)
-            return self._resident
-        self._resident = None  # free it before the next one is built
-        half = self.dtype != torch.float32
-        runs = source.load_model(self.dtype, self.attention) if half else weights
-        model = SingleModel(runs, weights, self.device)
-        loss = CausalLoss(runs, micro_batch_sequences=self._micro_batch_sequences)
-        self._resident = (model, loss)
+        self._resident = None  # no second reference while another one is built
+        self._resident = self._models.load(source)
         return self._resident
 
     def _batches_for(self, source: Source) -> BatchSet:
@@ -176,7 +178,7 @@ class _Checkpoint:
         session: Session,
         unit: Unit,
         source: Source,
-        model: SingleModel,
+        model: Model,
         loss: CausalLoss,
         batches: BatchSet,
         meter: Meter,
@@ -327,13 +329,3 @@ def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     text = f"{type(tokenizer).__name__} {special} {model}"
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _same_architecture(resident: nn.Module, fresh: nn.Module) -> bool:
-    def comparable(model: nn.Module) -> dict[str, object]:
-        values: dict[str, object] = model.config.to_dict()  # type: ignore[operator,union-attr]
-        for volatile in ("_name_or_path", "dtype", "torch_dtype", "transformers_version"):
-            values.pop(volatile, None)
-        return values
-
-    return comparable(resident) == comparable(fresh)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -56,7 +56,7 @@ class Fsdp2Model:
         self.num_ranks = require_process_group()
         _refuse_fp32_islands(model, dtype)
         self.device, self.dtype = device, dtype
-        self.model: PreTrainedModel = model
+        self.model: nn.Module = model
         policy = MixedPrecisionPolicy(
             param_dtype=dtype if dtype in HALF_PRECISION else None,
             reduce_dtype=torch.float32,
