@@ -51,7 +51,10 @@ def main() -> int:
         console.rule("4/4  what it shows")
         _show(job_id, environment, run)
         console.print(f"\nDone in {time.monotonic() - started:.0f} s.")
-        console.print(f"Dashboard: [bold]{address}[/bold]  (job page: {address}/jobs/{job_id})")
+        console.print(
+            f"Dashboard: [bold]{address}[/bold]  (job page: {address}/jobs/{job_id})",
+            soft_wrap=True,
+        )
         if sys.stdin.isatty() and sys.stdout.isatty():
             console.print("Press Ctrl-C to stop the service.")
             _wait_for_interrupt()
@@ -185,7 +188,7 @@ def _probe(arguments: list[str], environment: dict[str, str]) -> str:
 
 
 def _say_command(words: list[str]) -> None:
-    console.print(f"[dim]$ {' '.join(words)}[/dim]")
+    console.print(f"[dim]$ {' '.join(words)}[/dim]", soft_wrap=True)
 
 
 def _wait_for_interrupt() -> None:
