@@ -29,7 +29,7 @@ class CheckpointRef(_Result):
     step: int | None = Field(None, description="Training step, None where a single one has none.")
     num_tokens: int | None = Field(None, description="Tokens seen, where the source says so.")
     format: str | None = Field(
-        None, description="One of safetensors, safetensors-index, dcp, olmo-core, gguf."
+        None, description="safetensors, safetensors-index, trainer, dcp, olmo-core or gguf."
     )
     has_moments: bool | None = Field(None, description="AdamW moments present; None: not known.")
     size_bytes: int | None = Field(None, description="Bytes on disk, where known.")

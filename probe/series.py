@@ -24,6 +24,10 @@ from probe.spec import Checkpoints, GgufCheckpoint, HubCheckpoints, LocalCheckpo
 _TOKENS = re.compile(r"tokens[-_]?(\d+(?:\.\d+)?)([KMBT]?)(?![A-Za-z0-9])", re.IGNORECASE)
 _PATTERN_S = 2.0  # for all names of a series together; a sane pattern takes microseconds a name
 _MAX_MATCHES = 100_000
+_STATES = (  # file, key of the step, keys of the tokens seen
+    ("training_state.json", "step", ("tokens", "num_tokens")),
+    ("trainer_state.json", "global_step", ("num_input_tokens_seen",)),
+)
 _MAGNITUDE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -88,17 +92,19 @@ def _local_ref(directory: Path, search: "_Search", config: str | None) -> Checkp
     found = format_of(directory).describe(directory)
     step = _step_of(search, directory.name)
     num_tokens = tokens_in_name(directory.name)
-    state_path = directory / "training_state.json"
-    if state_path.is_file():
-        state = read_json_object(state_path)
-        stated = state.get("step")
+    for file, step_key, token_keys in _STATES:
+        if not (directory / file).is_file():
+            continue
+        state = read_json_object(directory / file)
+        stated = state.get(step_key)
         if step is not None and stated is not None and stated != step:
             raise CheckpointError(
-                f"{directory}: its name says step {step}, training_state.json says {stated!r}; "
+                f"{directory}: its name says step {step}, {file} says {stated!r}; "
                 "rename it or correct the file"
             )
-        tokens = state.get("tokens", state.get("num_tokens"))
-        if isinstance(tokens, int) and not isinstance(tokens, bool):
+        tokens = next((state[key] for key in token_keys if key in state), None)
+        counted = tokens != 0 or file == "training_state.json"  # Trainer writes 0 for not counted
+        if isinstance(tokens, int) and not isinstance(tokens, bool) and counted:
             num_tokens = tokens
     return CheckpointRef(
         source="local",

@@ -15,7 +15,7 @@ class _Spec(BaseModel):
 
 
 class LocalCheckpoints(_Spec):
-    """Directories on this machine: Hugging Face safetensors, torch DCP or OLMo-core."""
+    """Directories on this machine: safetensors, HF Trainer, torch DCP or OLMo-core."""
 
     source: Literal["local"] = "local"
     path: str = Field(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from probe.checkpoints.dcp_index import dcp_parts, read_dcp_index
 from probe.checkpoints.dcp_keys import moment_keys
-from probe.checkpoints.layout import looks_like_huggingface, read_layout
+from probe.checkpoints.layout import check_archive, looks_like_huggingface, read_layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +51,20 @@ def _huggingface(directory: Path) -> Found:
     return Found(format=layout.format, has_moments=layout.has_moments, size_bytes=layout.size_bytes)
 
 
+def _is_trainer(directory: Path) -> bool:
+    pickled = (directory / "optimizer.pt").is_file()
+    described = (directory / "trainer_state.json").is_file()
+    weights = any(directory.glob("model*.safetensors"))
+    return pickled and described and weights and not any(directory.glob("optimizer*.safetensors"))
+
+
+def _trainer(directory: Path) -> Found:
+    layout, optimizer = read_layout(directory), directory / "optimizer.pt"
+    check_archive(optimizer)
+    size = layout.size_bytes + optimizer.stat().st_size
+    return Found(format="trainer", has_moments=True, size_bytes=size)
+
+
 def _is_olmo_core(directory: Path) -> bool:
     return (directory / "model_and_optim").is_dir()
 
@@ -78,6 +92,7 @@ def _unfinished(directory: Path) -> bool:
 
 
 _FORMATS = (
+    Format(_is_trainer, _trainer, "probe.checkpoints.trainer"),
     Format(_is_olmo_core, _olmo_core, "probe.checkpoints.olmo_core"),
     Format(_is_dcp, _dcp, "probe.checkpoints.dcp"),
     Format(lambda _: True, _huggingface, "probe.checkpoints.huggingface"),

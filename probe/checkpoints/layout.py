@@ -6,6 +6,7 @@ file in the directory; `optimizer.safetensors` by convention. Pickles are never 
 """
 
 import json
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,24 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def check_archive(path: Path) -> None:
+    """See that a file is a whole archive of torch.save, opening nothing in it.
+
+    Raises:
+        CheckpointError: It is truncated or another format.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{path}: found {path.stat().st_size} bytes, expected a torch.save archive: {error}. "
+            "It is truncated or another format"
+        ) from error
+    if not any(name.endswith("/data.pkl") for name in names):
+        raise CheckpointError(f"{path}: a zip file without data.pkl, expected one of torch.save")
 
 
 def pickle_names(directory: Path) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The same run in every local format gives the same numbers as its safetensors directories."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from probe.checkpoints.olmo_core import olmo_core_name
 from probe.engine import Session
@@ -96,3 +98,26 @@ def test_olmo_core(series, expected, tmp_path):
         dcp_save(stored, tmp_path / f"step{step}" / "model_and_optim")
         (tmp_path / f"step{step}" / "config.json").write_text(json.dumps(run))
     assert measure(series, str(tmp_path / "step*")) == expected
+
+
+def test_trainer(series, expected, tmp_path):
+    for step in STEPS:
+        source, target = series.directory / f"step-{step}", tmp_path / f"checkpoint-{step}"
+        target.mkdir()
+        for file in ("config.json", "model.safetensors"):
+            shutil.copy(source / file, target)
+        state = load_file(source / "optimizer.safetensors")
+        names = sorted({key.rpartition(".")[0] for key in state})
+        order = list(AutoModelForCausalLM.from_pretrained(source).state_dict())
+        assert sorted(order) == names
+        groups = [[n for n in order if "norm" not in n], [n for n in order if "norm" in n]]
+        numbered = {
+            index: {kind: state[f"{name}.{kind}"] for kind in ("exp_avg", "exp_avg_sq", "step")}
+            for index, name in enumerate(groups[0] + groups[1])
+        }
+        cut = len(groups[0])
+        ranges = (range(cut), range(cut, len(order)))
+        content = {"state": numbered, "param_groups": [{"params": list(r)} for r in ranges]}
+        torch.save(content, target / "optimizer.pt")
+        (target / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    assert measure(series, str(tmp_path / "checkpoint-*")) == expected
