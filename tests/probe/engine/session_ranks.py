@@ -1,6 +1,7 @@
 """One rank of a sharded session: `python session_ranks.py SPEC RANK WORLD_SIZE OUT`."""
 
 import json
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +32,7 @@ def main(specs: Path, rank: int, world_size: int) -> None:
         )
     specs.with_name(f"results-{rank}.json").write_text(json.dumps(results))
     dist.barrier()
-    dist.destroy_process_group()
+    os._exit(0)  # gloo's threads can abort the process while Python shuts down
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import os
 import sys
 from contextlib import ExitStack
 from datetime import timedelta
@@ -232,7 +233,7 @@ def main(root: Path, rank: int, world_size: int) -> None:
     found["refusals"] = refusals(root)
     torch.save(found, root / f"found-{world_size}-{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    os._exit(0)  # gloo's threads can abort the process while Python shuts down
 
 
 if __name__ == "__main__":
