@@ -1,5 +1,7 @@
 """The process that measures: `python -m probe.rank`.
 
+With `torchrun --nproc-per-node N -m probe.rank --spec FILE` the model is sharded over N ranks.
+
 With `--socket` it is fed units by a worker over a unix socket, as JSON lines, and lives no longer
 than that worker. With `--spec` it measures a whole job by itself and prints the same events on
 stdout. Logs go to stderr.
@@ -11,6 +13,7 @@ stdout. Logs go to stderr.
 
 import argparse
 import ctypes
+import datetime as dt
 import json
 import logging
 import os
@@ -20,7 +23,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 _ORPHAN_POLL_S = 1.0
+_COLLECTIVE_TIMEOUT = dt.timedelta(minutes=10)  # a rank may read a checkpoint while others wait
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -59,18 +64,40 @@ def die_with_parent(parent: int) -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
+def _world_size() -> int:
+    """How many ranks torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def refuse_several_ranks() -> None:
-    """Fail where torchrun started more than one rank.
+    """Fail where torchrun started more than one rank, which a worker does not feed.
 
     Raises:
         ParallelismError: WORLD_SIZE is above 1.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = _world_size()
     if world_size > 1:
         raise ParallelismError(
-            f"WORLD_SIZE is {world_size}, but this release measures on one rank: sharding is not "
-            "in it. Start one process per job."
+            f"WORLD_SIZE is {world_size}, but a worker feeds one rank per job. For a sharded "
+            "model run torchrun -m probe.rank --spec FILE."
         )
+
+
+@contextmanager
+def joined_ranks() -> Iterator[int]:
+    """This process's rank among those torchrun started, in their process group; 0 when alone."""
+    if _world_size() == 1:
+        yield 0
+        return
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT)
+    yield dist.get_rank()
+    dist.barrier()  # after an error there is none: this rank leaves, torchrun ends the others
 
 
 def error_event(error: BaseException, unit_id: str | None) -> dict[str, Any]:
@@ -178,6 +205,9 @@ def _serve(lines: TextIO, send: Send) -> int:
 def run_spec(path: str, out: str | None, stream: TextIO) -> int:
     """Measure a whole job without a server; events as JSON lines.
 
+    Under torchrun every rank calls this with the same job; rank 0 alone reports and writes. There
+    the first failed unit ends the run, since the ranks may no longer be at the same point.
+
     Args:
         path: Job file.
         out: Where the results are written too, one JSON line each; None: nowhere.
@@ -186,19 +216,24 @@ def run_spec(path: str, out: str | None, stream: TextIO) -> int:
     Returns:
         0 when every unit has a result, else 1. A failed unit does not stop the ones after it.
     """
+    rank = int(os.environ.get("RANK", "0"))
 
     def send(message: dict[str, Any]) -> None:
-        stream.write(json.dumps(message) + "\n")
-        stream.flush()
+        if rank == 0:  # the others log to stderr
+            stream.write(json.dumps(message) + "\n")
+            stream.flush()
 
     num_failed = 0
     try:
-        refuse_several_ranks()
         spec = load_spec(path)
         units = expand_units(spec)
         send({"type": "units", "units": [unit.model_dump(mode="json") for unit in units]})
         send(ready_event())
-        num_failed = _run_units(spec.model_dump(mode="json"), units, out, send)
+        with joined_ranks():
+            raw = spec.model_dump(mode="json")
+            num_failed = _run_units(raw, units, out if rank == 0 else None, send)
+            if num_failed and _world_size() > 1:
+                raise ParallelismError(f"rank {rank} stops after a failed unit, and all with it.")
     except ProbeError as error:
         send(error_event(error, None))
         num_failed = 1
@@ -217,6 +252,8 @@ def _run_units(spec: Any, units: list[Unit], out: str | None, send: Send) -> int
         event = measurer.measure(unit.model_dump(mode="json"), eta_init)
         if event is None:
             num_failed += 1
+            if _world_size() > 1:
+                break
             continue
         # A unit without an answer leaves the guess of the one before it, as in a queued job.
         eta_init = eta_init_hint(UnitResult.model_validate(event["result"])) or eta_init
@@ -253,4 +290,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if _world_size() > 1:  # gloo's threads can abort the process while Python shuts down
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -82,3 +82,41 @@ def test_two_ranks_measure_what_one_does(specs, by_rank, case):
             # Gradients differ by the order in which micro-batches are added in fp32.
             for key in ("eta_c", "eta_lower", "eta_upper", "slope"):
                 assert found[key] == pytest.approx(expected[key], rel=1e-5), key
+
+
+def torchrun(directory, spec):
+    (directory / "job.json").write_text(json.dumps(spec))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={WORLD_SIZE}", "-m", "probe.rank"]
+    return subprocess.run(
+        [*command, "--spec", "job.json", "--out", "out.jsonl"],
+        cwd=directory,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+
+
+def test_torchrun_measures_a_job_and_rank_0_reports_it(specs, by_rank, tmp_path):
+    done = torchrun(tmp_path, specs[0])
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    results = [event["result"] for event in events if event["type"] == "result"]
+    assert [event["type"] for event in events if event["type"] in ("ready", "done")] == [
+        "ready",
+        "done",
+    ]
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert written == results
+    assert len(results) == 3
+    assert numbers(results[0]) == numbers(by_rank[0][0][0])
+
+
+def test_a_failed_unit_ends_all_ranks(series, tmp_path):
+    spec = series.spec(optimizer__no_decay=["matches nothing"])
+    done = torchrun(tmp_path, spec)
+    assert done.returncode != 0
+    errors = [json.loads(line) for line in done.stdout.splitlines() if '"error"' in line]
+    assert errors[0]["code"] == "config_error"
+    assert errors[-1]["code"] == "parallelism_error"
