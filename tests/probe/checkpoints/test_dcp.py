@@ -352,13 +352,13 @@ def test_a_moment_without_its_partner_or_of_another_shape_is_refused(directory):
 
 
 class Trap:
-    """Unpickling it creates a file."""
+    """Unpickling it makes a directory; it names nothing but a function and plain text."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
 
     def __reduce__(self):
-        return (Path.touch, (self.target,))
+        return (os.mkdir, (str(self.target),))
 
 
 @pytest.mark.parametrize("where", ["alone", "inside"])
