@@ -1,6 +1,7 @@
 """Save a small model with FSDP2, one child process per rank: DIRECTORY RANK SIZE MODE."""
 
 import importlib.util
+import os
 import sys
 import warnings
 from datetime import timedelta
@@ -60,7 +61,8 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sharded_save(Path(directory), mode, build)
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # gloo's threads can abort the process while Python shuts down
 
 
 if __name__ == "__main__":
