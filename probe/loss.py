@@ -187,7 +187,7 @@ def plain_path_reason(model: nn.Module) -> str | None:
     back the very tensor that layer returned (large made-up logits, compared bit for bit, so that
     soft-capping, scaling or masking shows); and both paths agree to rounding.
 
-    Cost: three forward passes of 8 tokens.
+    Cost: four forward passes of 8 tokens.
     """
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     kind, gathers = type(head), isinstance(head, FSDPModule)
