@@ -1,9 +1,10 @@
-"""A transformers model from a config and tensors that are already in memory.
+"""A transformers model from a config: without values, or from tensors already in memory.
 
 For formats that store tensors and no Hugging Face directory around them. What the stock loader
 would only warn about is an error here, as in `probe.checkpoints.huggingface`.
 """
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from probe.checkpoints.huggingface import check_report, first_line
 from probe.checkpoints.layout import read_json_object
 from probe.checkpoints.quiet import quiet_transformers
+from probe.checkpoints.report import check_report, first_line
 from probe.errors import CheckpointError
 
 
@@ -48,23 +49,38 @@ def parameter_shapes(config: PretrainedConfig, where: Path) -> dict[str, tuple[i
 
     Cost: builds the model on the meta device, no memory for weights.
     """
-    model = skeleton(config, where)
+    model = skeleton(config, "eager", where)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def skeleton(config: PretrainedConfig, where: Path) -> PreTrainedModel:
-    """The model on the meta device: names, shapes and modules without weights.
+def skeleton(config: PretrainedConfig, attention: str, where: Path) -> PreTrainedModel:
+    """The model without its values: fp32 parameters on the meta device, in eval mode.
+
+    No memory is spent on weights, so every rank can hold the structure of a model of which it
+    will own a part. Buffers are on the meta device too; `probe.parallel.buffers` makes them.
+
+    Args:
+        config: Its architecture; copied.
+        attention: Kernel name for transformers.
+        where: For messages.
 
     Raises:
         CheckpointError: transformers has no causal language model for the config.
     """
     factory: Any = AutoModelForCausalLM
     try:
-        with torch.device("meta"):
-            model: PreTrainedModel = factory.from_config(config)
+        with quiet_transformers(), torch.device("meta"):
+            model: Any = factory.from_config(
+                copy.deepcopy(config),
+                dtype=torch.float32,
+                attn_implementation=attention,
+                trust_remote_code=False,
+            )
     except Exception as error:  # as above
         raise CheckpointError(f"{where}: no such model: {first_line(error)}") from error
-    return model
+    model.config.use_cache = False
+    empty: PreTrainedModel = model.eval()
+    return empty
 
 
 def assemble_causal_lm(

@@ -17,10 +17,16 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from probe.checkpoints.assemble import assemble_causal_lm, parameter_shapes, read_model_config
+from probe.checkpoints.assemble import (
+    assemble_causal_lm,
+    parameter_shapes,
+    read_model_config,
+    skeleton,
+)
 from probe.checkpoints.dcp_index import Chunk, DcpIndex, DcpTensor, Place, dcp_parts, read_dcp_index
 from probe.checkpoints.dcp_keys import find_prefix, moment_keys, superfluous, weight_keys
-from probe.checkpoints.huggingface import TOKENIZER_FILES, first_line, load_tokenizer
+from probe.checkpoints.huggingface import TOKENIZER_FILES, load_tokenizer
+from probe.checkpoints.report import first_line
 from probe.checkpoints.source import TensorKind
 from probe.errors import CheckpointError
 from probe.result import CheckpointRef
@@ -80,6 +86,14 @@ class DcpSource:
         """See `Source.load_model`. Cost: the stored weights and the model stand side by side."""
         tensors = {name: read_box(self._weight(name)) for name in self._shapes}
         return assemble_causal_lm(self._config, tensors, dtype, attention, where=self.directory)
+
+    def skeleton(self, attention: str) -> PreTrainedModel:
+        """See `Source.skeleton`."""
+        return skeleton(self._config, attention, self.directory)
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `Source.weight_shapes`."""
+        return {name: self._index.tensors[key].shape for name, key in self._weights.items()}
 
     def read(self, name: str, kind: TensorKind, lo: int = 0, hi: int | None = None) -> torch.Tensor:
         """See `Source.read`. Cost: each chunk the range touches is read whole, one at a time."""

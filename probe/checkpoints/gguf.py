@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from probe.checkpoints.assemble import skeleton
 from probe.checkpoints.huggingface import load_causal_lm, load_tokenizer
 from probe.checkpoints.source import TensorKind
 from probe.errors import CheckpointError
@@ -70,11 +71,27 @@ class GgufSource:
                     delattr(owner, mark)
         return model
 
+    def skeleton(self, attention: str) -> PreTrainedModel:
+        """See `Source.skeleton`."""
+        return skeleton(self._config, attention, self.path)
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `Source.weight_shapes`. The shapes are those of the dequantised weights."""
+        reader, places, _, _ = self._tensors
+        shapes = {}
+        for name, index in places.items():
+            stored = reader.tensors[index]
+            extents = tuple(int(extent) for extent in reversed(stored.shape))  # innermost first
+            # One number seen at every place: converted like the weight, without its memory.
+            blank = np.broadcast_to(np.float32(-1.0), extents)
+            shapes[name] = tuple(self._converted(blank, stored.name).shape)
+        return shapes
+
     def read(self, name: str, kind: TensorKind, lo: int = 0, hi: int | None = None) -> torch.Tensor:
         """See `Source.read`. Cost: dequantises the one tensor, fp32."""
         if kind != "weight":
             raise CheckpointError(f"{self.path}: no {name}.{kind}. {NO_MOMENTS}")
-        reader, places, processor, mapping = self._tensors
+        reader, places, _, _ = self._tensors
         if name not in places:
             raise CheckpointError(
                 f"{self.path}: no weight for {name!r}; found {len(places)} others"
@@ -82,11 +99,8 @@ class GgufSource:
         stored = reader.tensors[places[name]]
         from gguf import dequantize
 
-        weights = dequantize(stored.data, stored.tensor_type)
-        result = processor.process(
-            weights=weights, name=stored.name, tensor_key_mapping=mapping, parsed_parameters={}
-        )
-        flat = torch.from_numpy(np.array(result.weights, dtype=np.float32)).flatten()
+        weights = self._converted(dequantize(stored.data, stored.tensor_type), stored.name)
+        flat = torch.from_numpy(np.array(weights, dtype=np.float32)).flatten()
         end = len(flat) if hi is None else hi
         if not 0 <= lo <= end <= len(flat):
             raise CheckpointError(
@@ -104,6 +118,30 @@ class GgufSource:
             return load_tokenizer(override)
         return load_tokenizer(str(self.path.parent), gguf_file=self.path.name)
 
+    def _converted(self, weights: Any, key: str) -> Any:
+        """A stored tensor in the order and shape of the model's weight, by transformers' rule."""
+        _, _, processor, mapping = self._tensors
+        tensors: dict[str, torch.Tensor] = {}  # where a rule puts tensors it merges from several
+        result = processor.process(
+            weights=weights,
+            name=key,
+            tensor_key_mapping=mapping,
+            parsed_parameters={"tensors": tensors},
+        )
+        if result.name is None:
+            raise CheckpointError(
+                f"{self.path}: key {key!r} is one of several that make one weight of this "
+                "architecture, which cannot be read in parts. Use one rank"
+            )
+        return result.weights
+
+    @cached_property
+    def _config(self) -> PretrainedConfig:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            self.path.parent, gguf_file=self.path.name, local_files_only=True
+        )
+        return config
+
     @cached_property
     def _tensors(self) -> tuple[Any, dict[str, int], Any, dict[str, str]]:
         """The open file, parameter fqn -> tensor index, and transformers' own conversion."""
@@ -111,18 +149,12 @@ class GgufSource:
         from transformers import modeling_gguf_pytorch_utils as conversion
 
         reader = GGUFReader(self.path)
-        config = AutoConfig.from_pretrained(
-            self.path.parent, gguf_file=self.path.name, local_files_only=True
-        )
         architecture = reader.fields["general.architecture"].contents()
         processors: Any = conversion.TENSOR_PROCESSORS
         processor = processors.get(architecture, conversion.TensorProcessor)(
-            config=config.to_dict()
+            config=self._config.to_dict()
         )
-        factory: Any = AutoModelForCausalLM
-        with torch.device("meta"):
-            skeleton = factory.from_config(config)
-        mapping = conversion.get_gguf_hf_weights_map(skeleton, processor)
+        mapping = conversion.get_gguf_hf_weights_map(self.skeleton("eager"), processor)
         places = {
             mapping[tensor.name]: index
             for index, tensor in enumerate(reader.tensors)

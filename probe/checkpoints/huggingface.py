@@ -15,10 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from probe.checkpoints.assemble import read_model_config, skeleton
 from probe.checkpoints.fetch import TOKENIZER, fetch
 from probe.checkpoints.header import ITEM_BYTES, StoredTensor
 from probe.checkpoints.layout import HOW_TO_CONVERT, Layout, read_config, read_layout
 from probe.checkpoints.quiet import quiet_transformers
+from probe.checkpoints.report import check_report, first_line
 from probe.checkpoints.source import TensorKind
 from probe.errors import CheckpointError
 from probe.result import CheckpointRef
@@ -84,6 +86,19 @@ class HuggingFaceSource:
         self._check_floating()
         return model
 
+    def skeleton(self, attention: str) -> PreTrainedModel:
+        """See `Source.skeleton`."""
+        config = read_model_config(self.directory / "config.json")
+        return skeleton(config, attention, self.directory)
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `Source.weight_shapes`."""
+        self._check_floating()
+        keys = {name: self._key(name) for name in self.skeleton("eager").state_dict()}
+        left = self._layout.weights.keys() - set(keys.values())
+        names = keys | {key: key for key in left}
+        return {n: self._layout.weights[key].shape for n, key in names.items() if key is not None}
+
     def read(self, name: str, kind: TensorKind, lo: int = 0, hi: int | None = None) -> torch.Tensor:
         """See `Source.read`."""
         return read_range(self._find(name, kind), lo, hi)
@@ -110,12 +125,17 @@ class HuggingFaceSource:
     def _find(self, name: str, kind: str) -> StoredTensor:
         if kind != "weight":
             return self._find_moment(name, kind)
-        for key in (name, name.partition(".")[2], f"model.{name}", f"transformer.{name}"):
-            if key in self._layout.weights:  # base models are saved without the head's prefix
-                return self._layout.weights[key]
+        key = self._key(name)
+        if key is not None:
+            return self._layout.weights[key]
         raise CheckpointError(
             f"{self.directory}: no weight {name!r}; found {_nearest(name, self._layout.weights)}"
         )
+
+    def _key(self, name: str) -> str | None:
+        """The key a weight is stored under: base models are saved without the head's prefix."""
+        keys = (name, name.partition(".")[2], f"model.{name}", f"transformer.{name}")
+        return next((key for key in keys if key in self._layout.weights), None)
 
     def _find_moment(self, name: str, kind: str) -> StoredTensor:
         key = f"{name}.{kind}"
@@ -252,44 +272,6 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Tokenizer:
     return tokenizer
 
 
-def check_report(where: Path, report: dict[str, Any]) -> None:
-    """Turn what transformers only warns about into errors.
-
-    Args:
-        where: For messages.
-        report: What `from_pretrained` gives with `output_loading_info`.
-
-    Raises:
-        CheckpointError: A weight is missing, superfluous or of the wrong shape.
-    """
-    mismatched = sorted(report.get("mismatched_keys") or [])
-    if mismatched:
-        key, found, expected = mismatched[0][:3]
-        raise CheckpointError(
-            f"{where}: key {key!r} has shape {list(found)}, expected {list(expected)} "
-            f"({len(mismatched)} keys of the wrong shape)"
-        )
-    missing = sorted(report.get("missing_keys") or [])
-    if missing:
-        raise CheckpointError(
-            f"{where}: {len(missing)} weights the model needs are missing, the first is "
-            f"{missing[0]!r}; they would be random. Is config.json of another model?"
-        )
-    superfluous = sorted(
-        key
-        for key in report.get("unexpected_keys") or []
-        if not key.endswith((".exp_avg", ".exp_avg_sq", ".step"))
-    )
-    if superfluous:
-        raise CheckpointError(
-            f"{where}: {len(superfluous)} stored weights have no place in the model, the first "
-            f"is {superfluous[0]!r}. Is config.json of another model?"
-        )
-    errors = [str(error) for error in report.get("error_msgs") or []]
-    if errors:
-        raise CheckpointError(f"{where}: {errors[0]}")
-
-
 def _refuse_what_cannot_be_measured(directory: Path) -> None:
     config = read_config(directory)
     if (directory / "adapter_config.json").is_file():
@@ -309,10 +291,3 @@ def _refuse_what_cannot_be_measured(directory: Path) -> None:
 def _nearest(key: str, candidates: dict[str, StoredTensor]) -> str:
     near = difflib.get_close_matches(key, candidates, n=3, cutoff=0.0)
     return ", ".join(near) + f" of {len(candidates)}" if near else "none"
-
-
-def first_line(error: BaseException) -> str:
-    """The first lines of an error's message, as one; its class where it says nothing."""
-    text = str(error).strip() or type(error).__name__
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return "; ".join(lines[:3])

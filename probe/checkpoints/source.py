@@ -1,5 +1,6 @@
 """The interface every checkpoint format implements: the engine knows nothing else of formats."""
 
+from collections.abc import Mapping
 from typing import Literal, Protocol
 
 import torch
@@ -34,6 +35,30 @@ class Source(Protocol):
         Raises:
             CheckpointError: A weight is missing, superfluous or of the wrong shape, the files
                 are broken, or the architecture is unknown or needs code from the checkpoint.
+        """
+
+    def skeleton(self, attention: str) -> PreTrainedModel:
+        """The model without its values: fp32 on the meta device, in eval mode, a new one each time.
+
+        Args:
+            attention: As for `load_model`.
+
+        Raises:
+            CheckpointError: The architecture is unknown or needs code from the checkpoint.
+
+        Cost: no memory for weights, no tensor read.
+        """
+
+    def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every weight that is stored, by the fqn `read` knows it under.
+
+        Persistent buffers are among them, tied weights once for every copy that is stored. What
+        the model has no place for keeps its stored name: `probe.checkpoints.expected` refuses it.
+
+        Raises:
+            CheckpointError: The headers are broken, or names cannot be matched to the model's.
+
+        Cost: headers only.
         """
 
     def read(self, name: str, kind: TensorKind, lo: int = 0, hi: int | None = None) -> torch.Tensor:

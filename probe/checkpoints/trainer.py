@@ -17,8 +17,9 @@ import torch
 from transformers import PreTrainedModel, Trainer
 
 from probe.checkpoints.assemble import read_model_config, skeleton
-from probe.checkpoints.huggingface import HuggingFaceSource, first_line
+from probe.checkpoints.huggingface import HuggingFaceSource
 from probe.checkpoints.layout import HOW_TO_CONVERT, check_archive, read_json_object
+from probe.checkpoints.report import first_line
 from probe.checkpoints.source import TensorKind
 from probe.errors import CheckpointError
 from probe.result import CheckpointRef
@@ -92,7 +93,7 @@ class TrainerSource(HuggingFaceSource):
         """Parameter fqn -> its state, every shape checked."""
         content = load_optimizer(self._path)
         config = self.directory / "config.json"
-        model = skeleton(read_model_config(config), self.directory)
+        model = skeleton(read_model_config(config), "eager", self.directory)
         names = _names_by_index(model, content["param_groups"], self._path)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         moments = {}

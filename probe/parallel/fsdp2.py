@@ -19,11 +19,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from probe.checkpoints.expected import ExpectedWeights
 from probe.checkpoints.source import Source
-from probe.errors import CheckpointError, ConfigError, ParallelismError
+from probe.errors import ConfigError, ParallelismError
 from probe.parallel import Shard
+from probe.parallel.buffers import fill_buffers
 from probe.parallel.collectives import raise_together, require_process_group, sum_floats
-from probe.parallel.skeleton import fill_buffers, non_persistent_buffers
+from probe.parallel.fill import fill_persistent_buffers, fill_shards
 from probe.perturb import HALF_PRECISION
 
 
@@ -31,8 +33,7 @@ class Fsdp2Model:
     """A causal language model sharded over all ranks of the default process group.
 
     Args:
-        model: Structure only, fp32 on the meta device (`probe.parallel.skeleton.empty_model`);
-            owned from here on.
+        model: Structure only, fp32 on the meta device (`Source.skeleton`); owned from here on.
         source: Its values. Each rank reads its own rows and nothing else.
         device: Where this rank runs; the process group must serve it.
         dtype: Of the forward pass: float32, bfloat16 or float16.
@@ -40,7 +41,7 @@ class Fsdp2Model:
     Raises:
         ParallelismError: There is no process group, another rank failed, or the forward pass
             would not see what is written into the shards.
-        CheckpointError: A weight is missing or has another number of elements.
+        CheckpointError: A weight is missing, left over or of another shape.
         ConfigError: The model keeps some weights in fp32 where a half precision is asked for.
 
     Memory: 8 bytes per parameter over the number of ranks (live and base), and while a group is
@@ -56,6 +57,7 @@ class Fsdp2Model:
         self.num_ranks = require_process_group()
         _refuse_fp32_islands(model, dtype)
         self.device, self.dtype = device, dtype
+        self._expected = ExpectedWeights(model)
         self.model: nn.Module = model
         policy = MixedPrecisionPolicy(
             param_dtype=dtype if dtype in HALF_PRECISION else None,
@@ -92,34 +94,18 @@ class Fsdp2Model:
             source: Read by flat range.
 
         Raises:
-            CheckpointError: A weight is missing or has another number of elements.
+            CheckpointError: A weight is missing, left over or of another shape.
             ParallelismError: Another rank could not read its part.
         """
         failure: Exception | None = None
         try:
-            self._read(source)
+            stored = self._expected.find_in(source)
+            fill_shards(self.shards, source, stored)
+            fill_persistent_buffers(self.model, source, stored)
         except Exception as error:  # told to the others first: they would wait for this rank
             failure = error
         raise_together(failure, self.device, "reading the checkpoint")
         self.push()
-
-    @torch.no_grad()
-    def _read(self, source: Source) -> None:
-        for shard in self.shards:
-            numel = self._parameters[shard.name].numel()
-            surplus = source.read(shard.name, "weight", numel).numel()
-            if surplus:
-                raise CheckpointError(
-                    f"weight {shard.name!r} has {numel + surplus} elements in the checkpoint, "
-                    f"expected {numel}. Is config.json of another model?"
-                )
-            shard.base.copy_(source.read(shard.name, "weight", shard.lo, shard.hi))
-            shard.live.copy_(shard.base)
-        for prefix, module in self.model.named_modules():
-            own = dict(module.named_buffers(recurse=False))
-            for name in own.keys() - set(non_persistent_buffers(module)):
-                fqn = f"{prefix}.{name}" if prefix else name
-                own[name].copy_(source.read(fqn, "weight").view(own[name].shape))
 
     def push(self) -> None:
         """Drop every gathered copy, so that the next forward pass gathers what was written."""

@@ -3,20 +3,15 @@
 One device where this process is alone, FSDP2 where torch.distributed has several ranks.
 """
 
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from probe.checkpoints.huggingface import HuggingFaceSource
 from probe.checkpoints.source import Source
-from probe.errors import ConfigError
 from probe.loss import CausalLoss
 from probe.parallel.distributed_loss import DistributedLoss
 from probe.parallel.fsdp2 import Fsdp2Model
 from probe.parallel.single import SingleModel
-from probe.parallel.skeleton import empty_model
 
 Model = SingleModel | Fsdp2Model
 
@@ -54,7 +49,6 @@ class ResidentModel:
 
         Raises:
             CheckpointError: The checkpoint is broken.
-            ConfigError: Several ranks, and a checkpoint format that is not read in shards.
         """
         return self._load_single(source) if num_ranks() == 1 else self._load_sharded(source)
 
@@ -72,7 +66,7 @@ class ResidentModel:
         return self._single
 
     def _load_sharded(self, source: Source) -> tuple[Fsdp2Model, CausalLoss]:
-        empty = empty_model(_directory(source), self._attention)
+        empty = source.skeleton(self._attention)
         if self._sharded is not None and _same_architecture(self._sharded[0].model, empty):
             self._sharded[0].load(source)
             return self._sharded
@@ -81,15 +75,6 @@ class ResidentModel:
         loss = DistributedLoss(model, micro_batch_sequences=self._micro_batch_sequences)
         self._sharded = (model, loss)
         return self._sharded
-
-
-def _directory(source: Source) -> Path:
-    if not isinstance(source, HuggingFaceSource):
-        raise ConfigError(
-            f"{source.ref.label}: sharded over {num_ranks()} ranks, only Hugging Face directories "
-            f"of safetensors are read, this is {source.ref.format}. Use one rank."
-        )
-    return source.directory
 
 
 def _same_architecture(resident: nn.Module, fresh: nn.Module) -> bool:

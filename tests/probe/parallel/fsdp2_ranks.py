@@ -24,7 +24,6 @@ from probe.moments import CheckpointMoments
 from probe.parallel import fsdp2
 from probe.parallel.distributed_loss import DistributedLoss
 from probe.parallel.fsdp2 import Fsdp2Model
-from probe.parallel.skeleton import empty_model
 from probe.perturb import Ray
 from probe.progress import Meter
 from probe.ray_search import RaySearch
@@ -48,6 +47,13 @@ class CountingSource:
         self.num_read: dict[str, int] = {}
         self.fail_on = fail_on
 
+    @property
+    def ref(self):
+        return self.inner.ref
+
+    def weight_shapes(self):
+        return self.inner.weight_shapes()
+
     def read(self, name, kind, lo=0, hi=None):
         if name == self.fail_on:
             raise CheckpointError(f"cannot read {name}")
@@ -58,7 +64,7 @@ class CountingSource:
 
 def build(directory: Path, dtype: torch.dtype, fail_on: str | None = None):
     source = CountingSource(directory, fail_on)
-    model = Fsdp2Model(empty_model(directory, "sdpa"), source, CPU, dtype=dtype)
+    model = Fsdp2Model(source.inner.skeleton("sdpa"), source, CPU, dtype=dtype)
     return model, source
 
 
