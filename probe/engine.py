@@ -23,6 +23,7 @@ from probe.loss import CausalLoss
 from probe.memory import PeakMemory, out_of_memory_explained
 from probe.moments import Moments, NoMoments, WarmupMoments, choose_moments
 from probe.parallel.resident import Model, ResidentModel, num_ranks
+from probe.placement import backend_for
 from probe.progress import Meter, OnProgress
 from probe.provenance import device_name, git_commit, package_versions
 from probe.ray_search import RaySearch, check_finite
@@ -50,7 +51,8 @@ class Session:
             one for all; batches are drawn again only where it differs from the one before.
 
     Raises:
-        ConfigError: The device or the attention kernel asked for cannot be had here.
+        ConfigError: The device or the attention kernel asked for cannot be had here, or
+            `parallel` asks for another number of ranks than there are.
     """
 
     def __init__(self, spec: CheckpointSeriesSpec) -> None:
@@ -58,6 +60,7 @@ class Session:
         self.device = choose_device(spec.model.device)
         self.dtype: torch.dtype = getattr(torch, spec.model.dtype)
         self.num_ranks = num_ranks()
+        self.backend = backend_for(spec.parallel, self.num_ranks)
         self.attention = choose_attention(
             spec.model.attention, device=self.device, dtype=self.dtype
         )
@@ -140,7 +143,7 @@ class Session:
             git_commit=git_commit(),
             device=device_name(self.device),
             dtype=self.spec.model.dtype,
-            backend="single" if self.num_ranks == 1 else "fsdp2",
+            backend=checkpoint.model.backend,
             num_ranks=self.num_ranks,
             attention=self.attention,
             moments=checkpoint.moments.source,

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from probe.line_search import SearchOutcome
 
 LossBatch = Literal["update", "held_out"]
+Backend = Literal["single", "fsdp2", "deepspeed"]
 MomentsSource = Literal["checkpoint", "warmup", "none"]
 
 
@@ -110,7 +111,7 @@ class Provenance(_Result):
     git_commit: str | None
     device: str = Field(description="For example `cpu (2 threads)` or the GPU's name.")
     dtype: str
-    backend: Literal["single", "fsdp2"] = "single"
+    backend: Backend = "single"
     num_ranks: int = 1
     attention: str = Field(description="Kernel in use: sdpa, eager or flash_attention_2.")
     moments: MomentsSource

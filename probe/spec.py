@@ -4,7 +4,7 @@ Unknown keys are refused with the nearest valid name, every number has a range, 
 that is missing is an error that lists the choices, never a guess.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -83,6 +83,42 @@ class ModelOptions(_Spec):
     tokenizer: str | None = Field(
         None, description="Directory or hub id; None: the checkpoint's own tokenizer."
     )
+
+
+class ParallelOptions(_Spec):
+    """How many processes share the model, and what spreads it over them.
+
+    There is no dtype here: weights are kept in fp32 and gathered in `model.dtype`.
+    """
+
+    backend: Literal["auto", "single", "fsdp2", "deepspeed"] = Field(
+        "auto",
+        description="single: one process holds all; fsdp2, deepspeed (ZeRO-3): each holds its part "
+        "of every weight; auto: fsdp2 where there are several, else single.",
+    )
+    ranks: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Processes, one GPU each where the model runs on GPUs; None: the fewest GPUs "
+        "that hold the model, 1 on a CPU or where the model's size is not known beforehand.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dtype_is_the_models(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and "dtype" in raw:
+            raise ValueError("dtype is model.dtype: weights are gathered in it and kept in fp32")
+        return raw
+
+    @model_validator(mode="after")
+    def _one_process_is_one_rank(self) -> Self:
+        if self.backend == "single" and self.ranks not in (None, 1):
+            raise ValueError(
+                f"backend single is one process, ranks is {self.ranks}: use backend fsdp2 or "
+                "deepspeed, or ranks: 1"
+            )
+        return self
 
 
 class AdamW(_Spec):
@@ -268,6 +304,7 @@ class CheckpointSeriesSpec(_Spec):
     ] = Field(default_factory=dict, max_length=32, description="For filters: project=demo.")
     checkpoints: Checkpoints
     model: ModelOptions = ModelOptions()
+    parallel: ParallelOptions = ParallelOptions()
     optimizer: Optimizer = AdamW()
     batches: Batches
     measurement: MeasurementOptions

@@ -91,6 +91,12 @@ def test_the_hash_ignores_names_for_people_and_nothing_else():
         ("kind", "checkpoint_serie", "kind", "did you mean 'checkpoint_series'?"),
         ("schedule", {"type": "cosine"}, "schedule", "needs peak, total_steps"),
         ("labels", {"a b": "c"}, "labels.a b.[key]", "pattern"),
+        ("parallel", {"backend": "single", "ranks": 2}, "parallel", "ranks is 2"),
+        ("parallel", {"backend": "fsdp"}, "parallel.backend", "'fsdp2'"),
+        ("parallel", {"ranks": 0}, "parallel.ranks", "greater than or equal to 1"),
+        ("parallel", {"ranks": 1025}, "parallel.ranks", "less than or equal to 1024"),
+        ("parallel", {"rank": 2}, "parallel.rank", "did you mean 'ranks'?"),
+        ("parallel", {"dtype": "bfloat16"}, "parallel", "dtype is model.dtype"),
     ],
 )
 def test_a_wrong_field_is_named_with_what_to_do(path, value, field, says):
