@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 HEAD_BUFFER_BYTES = 64 * 2**20  # of fp32 logits; 167 rows of a 100,278 vocabulary
+CUDA_HEAD_BUFFER_BYTES = 512 * 2**20  # a GPU needs more rows at a time to be busy: 1,338
 _TILE_COLUMNS = 8192  # vocabulary rows whose weights are upcast to fp32 at a time
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -20,6 +21,12 @@ _HALF = (torch.bfloat16, torch.float16)
 def _blocks(total: int, size: int) -> Iterator[slice]:
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
+
+
+def _block_rows(row_bytes: int, device: torch.device) -> int:
+    """How many rows of fp32 (fp64) logits are held at a time."""
+    held = CUDA_HEAD_BUFFER_BYTES if device.type == "cuda" else HEAD_BUFFER_BYTES
+    return max(1, held // row_bytes)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -54,7 +61,7 @@ class _HeadNll(torch.autograd.Function):
     ) -> Tensor:
         vocab = weight.shape[0]
         dtype = _wide(weight.dtype)
-        size = max(1, HEAD_BUFFER_BYTES // (dtype.itemsize * vocab))
+        size = _block_rows(dtype.itemsize * vocab, hidden.device)
         nll = torch.empty(rows.numel(), dtype=dtype, device=hidden.device)
         log_norm = torch.empty_like(nll)
         buffer = torch.empty(min(size, rows.numel()), vocab, dtype=dtype, device=hidden.device)
@@ -76,7 +83,7 @@ class _HeadNll(torch.autograd.Function):
         )
         grad_weight = torch.empty_like(weight)
         grad_bias = None if bias is None else torch.empty_like(bias)
-        size = max(1, HEAD_BUFFER_BYTES // (log_norm.element_size() * _TILE_COLUMNS))
+        size = _block_rows(log_norm.element_size() * _TILE_COLUMNS, hidden.device)
         for tile in _blocks(weight.shape[0], _TILE_COLUMNS):
             tile_weight = weight[tile]  # (tile, hidden)
             tile_grad = _zeros_to_add_to(grad_weight[tile], log_norm.dtype)
@@ -135,7 +142,8 @@ def head_nll(
     Returns:
         (num_rows,) nats; fp32 for half-precision and fp32 inputs, fp64 for fp64 ones.
 
-    Cost: beside the result, one fp32 block of `HEAD_BUFFER_BYTES` forward; backward two of them,
-    the gradients themselves, and one more product with the weight to make the logits again.
+    Cost: beside the result, one fp32 block of `HEAD_BUFFER_BYTES` (`CUDA_HEAD_BUFFER_BYTES` on a
+    GPU) forward; backward two of them, the gradients themselves, and one more product with the
+    weight to make the logits again.
     """
     return _HeadNll.apply(hidden, weight, bias, rows, targets)  # type: ignore[no-any-return,no-untyped-call]
