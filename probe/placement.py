@@ -1,8 +1,29 @@
-"""Which back-end a job gets, from its spec and the number of ranks (torch-free)."""
+"""Which back-end and how many ranks a job gets, and the memory of each (torch-free)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from probe.errors import ConfigError
+from probe.gpus import gpu_memory_bytes
+from probe.model_size import ModelSize
 from probe.result import Backend
-from probe.spec import ParallelOptions
+from probe.spec import AdamW, CheckpointSeriesSpec, ParallelOptions
+
+_FP32_BYTES = 4
+# Share of a GPU that weights and buffers may take; the rest is activations, gathered layers and
+# the CUDA context.
+_ROOM = 0.8
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a job runs: `num_ranks` processes on one machine."""
+
+    backend: Backend
+    num_ranks: int
+    memory_bytes_per_rank: int | None  # weights and buffers; None: the model's size is not known
+    notes: tuple[str, ...] = ()
 
 
 def backend_for(parallel: ParallelOptions, num_ranks: int) -> Backend:
@@ -15,7 +36,7 @@ def backend_for(parallel: ParallelOptions, num_ranks: int) -> Backend:
     Raises:
         ConfigError: The spec asks for another number of ranks.
     """
-    wanted = 1 if parallel.backend == "single" else parallel.ranks
+    wanted = fixed_num_ranks(parallel)
     if wanted is not None and wanted != num_ranks:
         reason = "backend is single" if parallel.backend == "single" else f"ranks is {wanted}"
         start = f"torchrun --nproc-per-node {wanted} -m probe.rank --spec FILE"
@@ -27,3 +48,71 @@ def backend_for(parallel: ParallelOptions, num_ranks: int) -> Backend:
     if parallel.backend != "auto":
         return parallel.backend
     return "single" if num_ranks == 1 else "fsdp2"
+
+
+def fixed_num_ranks(parallel: ParallelOptions) -> int | None:
+    """Ranks as the spec alone tells them; None: the machine decides."""
+    return 1 if parallel.backend == "single" else parallel.ranks
+
+
+def place(spec: CheckpointSeriesSpec, size: ModelSize | None) -> Placement:
+    """Where a job runs when this machine measures it; `choose_placement` with its GPUs."""
+    gpus = gpu_memory_bytes() if spec.model.device != "cpu" else []
+    return choose_placement(spec, size, gpus)
+
+
+def choose_placement(
+    spec: CheckpointSeriesSpec, size: ModelSize | None, gpus: Sequence[int]
+) -> Placement:
+    """As many ranks as the spec says, else the fewest GPUs that hold the model.
+
+    Args:
+        spec: The job.
+        size: Of its model, where it is known.
+        gpus: Memory of each GPU the ranks may use, bytes; empty: they run on the CPU.
+    """
+    notes = []
+    num_ranks = fixed_num_ranks(spec.parallel)
+    if num_ranks is None:
+        num_ranks = _fewest(spec, size, gpus)
+        if size is None and len(gpus) > 1:
+            notes.append(
+                f"one of {len(gpus)} GPUs is used, since the model's size is not known before it "
+                "is fetched; parallel.ranks takes more"
+            )
+    elif num_ranks > len(gpus) > 0:
+        notes.append(
+            f"parallel.ranks is {num_ranks}, one GPU each; this machine has {len(gpus)}: units "
+            "will fail here"
+        )
+    memory = None if size is None else memory_bytes_per_rank(spec, size, num_ranks)
+    if memory is not None and gpus and memory > min(gpus):
+        notes.append(
+            f"weights and buffers need {memory / _GIB:.1f} GiB per rank, the smallest GPU here has "
+            f"{min(gpus) / _GIB:.1f}: units will fail here"
+        )
+    return Placement(backend_for(spec.parallel, num_ranks), num_ranks, memory, tuple(notes))
+
+
+def _fewest(spec: CheckpointSeriesSpec, size: ModelSize | None, gpus: Sequence[int]) -> int:
+    if size is None or not gpus:
+        return 1
+    room = _ROOM * min(gpus)
+    fitting = (n for n in range(1, len(gpus)) if memory_bytes_per_rank(spec, size, n) <= room)
+    return next(fitting, len(gpus))
+
+
+def memory_bytes_per_rank(spec: CheckpointSeriesSpec, size: ModelSize, num_ranks: int) -> int:
+    """Weights and buffers of one rank at the peak, activations left out.
+
+    Live weights (in the forward dtype; FSDP2 keeps fp32), and in fp32: the base, the direction,
+    the gradient, two moments for AdamW, and the held-out gradient where there is one. Sharded,
+    each rank has its share of these, and the largest group of layers while it is gathered.
+    """
+    backend = backend_for(spec.parallel, num_ranks)
+    forward = _FP32_BYTES if spec.model.dtype == "float32" else 2
+    live = _FP32_BYTES if backend == "fsdp2" else forward
+    buffers = 3 + (2 if isinstance(spec.optimizer, AdamW) else 0)
+    buffers += 1 if spec.measurement.loss_batch != "update" else 0
+    share = -(-size.num_parameters // num_ranks) * (live + buffers * _FP32_BYTES)
+    return share if backend == "single" else share + size.largest_group * forward

@@ -5,10 +5,11 @@ measures the same checkpoints even if the directory has changed since.
 """
 
 import glob
-import json
 import re
 from pathlib import Path
 
+from probe.model_size import ModelSize, model_size
+from probe.placement import place
 from probe.result import CheckpointRef, Plan, Unit
 from probe.schedule import learning_rate_at
 from probe.series import list_checkpoints
@@ -18,7 +19,6 @@ from probe.spec_load import resolved, spec_sha256
 # Typical passes of one search once its first guess is good; the benchmark `passes.py` measures
 # them. The L(0) of a search is counted apart.
 _TYPICAL_PASSES = {"interpolate": 3, "bisect": 6}
-_FP32_BYTES = 4
 
 
 def expand_units(spec: CheckpointSeriesSpec) -> list[Unit]:
@@ -56,7 +56,11 @@ def make_plan(spec: CheckpointSeriesSpec) -> Plan:
     )
     per_unit = searches * _TYPICAL_PASSES[options.search] + at_zero + loss_batches
     at_most = searches * options.max_forward_passes + at_zero + loss_batches
-    num_parameters, notes = _num_parameters(units)
+    first = units[0].checkpoint
+    size = model_size(first)
+    placement = place(spec, size)
+    per_rank = placement.memory_bytes_per_rank
+    notes = [*_size_notes(first, size), *placement.notes, *_moment_notes(spec, units)]
     return Plan(
         kind=spec.kind,
         spec=resolved(spec),
@@ -67,9 +71,12 @@ def make_plan(spec: CheckpointSeriesSpec) -> Plan:
         num_backward_passes=_backward_passes(spec, units),
         num_tokens_per_pass=spec.batches.sequence_length
         * max(spec.batches.batch_sequences, spec.batches.held_out_sequences or 0),
-        num_parameters=num_parameters,
-        memory_bytes=_memory_bytes(spec, num_parameters),
-        notes=notes + _moment_notes(spec, units) + _file_notes(spec),
+        num_parameters=None if size is None else size.num_parameters,
+        backend=placement.backend,
+        num_ranks=placement.num_ranks,
+        memory_bytes_per_rank=per_rank,
+        memory_bytes=None if per_rank is None else per_rank * placement.num_ranks,
+        notes=notes + _file_notes(spec),
     )
 
 
@@ -90,6 +97,16 @@ def _backward_passes(spec: CheckpointSeriesSpec, units: list[Unit]) -> int:
         ):
             total += optimizer.warmup_steps
     return total
+
+
+def _size_notes(first: CheckpointRef, size: ModelSize | None) -> list[str]:
+    if size is not None:
+        return []
+    if first.source == "gguf":
+        return ["the model's size is not read from a GGUF file before it is measured"]
+    if first.source == "hub":
+        return ["the model's size is not known before it is fetched"]
+    return ["the model's size is read from safetensors only: memory is not known beforehand"]
 
 
 def _moment_notes(spec: CheckpointSeriesSpec, units: list[Unit]) -> list[str]:
@@ -122,44 +139,3 @@ def _file_notes(spec: CheckpointSeriesSpec) -> list[str]:
     named = [path for s in spec.batches.sources if isinstance(s, FileData) for path in s.paths]
     missing = [p for p in named if not glob.has_magic(p) and not Path(p).expanduser().is_file()]
     return [f"data file {path!r} is not on this machine: units will fail" for path in missing]
-
-
-def _num_parameters(units: list[Unit]) -> tuple[int | None, list[str]]:
-    """Parameter count from the first local checkpoint's safetensors headers, where there is one."""
-    first = units[0].checkpoint
-    if first.source == "gguf":
-        return None, ["the model's size is not read from a GGUF file before it is measured"]
-    if first.source != "local":
-        return None, ["the model's size is not known before it is fetched"]
-    total = 0
-    for file in sorted(Path(first.location).glob("*.safetensors")):
-        for name, shape in _header_shapes(file).items():
-            if not name.endswith((".exp_avg", ".exp_avg_sq", ".step")):
-                count = 1
-                for dim in shape:
-                    count *= dim
-                total += count
-    return (total or None), []
-
-
-def _header_shapes(file: Path) -> dict[str, list[int]]:
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        if size > file.stat().st_size:  # a truncated or foreign file: its unit reports it
-            return {}
-        header = json.loads(stream.read(size))
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-
-
-def _memory_bytes(spec: CheckpointSeriesSpec, num_parameters: int | None) -> int | None:
-    """Weights and buffers at the peak, activations left out.
-
-    Live weights in the run's dtype, and in fp32: the base, the direction, the gradient, two
-    moments for AdamW, and the held-out gradient where there is one.
-    """
-    if num_parameters is None:
-        return None
-    live = _FP32_BYTES if spec.model.dtype == "float32" else 2
-    buffers = 3 + (2 if isinstance(spec.optimizer, AdamW) else 0)
-    buffers += 1 if spec.measurement.loss_batch != "update" else 0
-    return num_parameters * (live + buffers * _FP32_BYTES)

@@ -172,5 +172,12 @@ class Plan(_Result):
     num_backward_passes: int
     num_tokens_per_pass: int
     num_parameters: int | None = Field(None, description="None where no config is at hand.")
-    memory_bytes: int | None = Field(None, description="Expected peak of weights and buffers.")
+    backend: Backend = Field("single", description="As this machine would run it.")
+    num_ranks: int = Field(
+        1, description="Processes; without `parallel.ranks` as many as this machine would start."
+    )
+    memory_bytes_per_rank: int | None = Field(
+        None, description="Expected peak of weights and buffers of one rank, activations left out."
+    )
+    memory_bytes: int | None = Field(None, description="The same, all ranks together.")
     notes: list[str] = Field(default_factory=list, description="What could not be known offline.")

@@ -245,8 +245,11 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("tokens per pass", str(plan.num_tokens_per_pass))
     if plan.num_parameters is not None:
         table.add_row("parameters", quantity(plan.num_parameters))
-    if plan.memory_bytes is not None:
-        table.add_row("memory", f"about {byte_size(plan.memory_bytes)}, activations left out")
+    ranks = "1" if plan.backend == "single" else f"{plan.num_ranks}, sharded with {plan.backend}"
+    table.add_row("ranks", ranks)
+    if plan.memory_bytes_per_rank is not None:
+        memory = byte_size(plan.memory_bytes_per_rank)
+        table.add_row("memory per rank", f"about {memory}, activations left out")
     for note in plan.notes:
         table.add_row("note", Text(note))
     table.add_row("spec sha256", plan.spec_sha256)

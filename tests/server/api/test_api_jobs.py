@@ -103,6 +103,10 @@ def test_plan_counts_and_queues_nothing(client, spec):
     assert [unit["checkpoint"]["step"] for unit in plan["units"]] == [100, 200, 300]
     assert plan["units"][0]["learning_rate"] == pytest.approx(0.01)
     assert plan["num_parameters"] == 4
+    assert (plan["backend"], plan["num_ranks"]) == ("single", 1)
+    sharded = client.post("/v1/jobs:plan", json={**spec, "parallel": {"ranks": 2}}).json()
+    assert (sharded["backend"], sharded["num_ranks"]) == ("fsdp2", 2)
+    assert sharded["memory_bytes"] == 2 * sharded["memory_bytes_per_rank"]
     assert client.get("/v1/jobs").json()["data"] == []
 
 
