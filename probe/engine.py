@@ -77,6 +77,9 @@ class Session:
             dtype=self.dtype,
             attention=self.attention,
             micro_batch_sequences=self._micro_batch_sequences,
+            offload_base=spec.parallel.offload_base,
+            activation_checkpointing=spec.model.activation_checkpointing,
+            compile=spec.model.compile,
         )
 
     def measure(

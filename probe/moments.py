@@ -70,7 +70,7 @@ class CheckpointMoments:
                 f"{kind} of {shard.name!r} has {stored.numel()} elements, its weight has "
                 f"{shard.base.numel()}. The optimizer state belongs to another model."
             )
-        return stored.to(shard.base.device, shard.base.dtype)
+        return stored.to(shard.live.device, shard.base.dtype)
 
     def step_after(self, index: int) -> int:
         """Saved step count + 1."""

@@ -31,7 +31,8 @@ class Ray:
         live: Tensors the forward pass reads; written by `move`, through `.data`-like aliases
             (pass `p.data`, so that no autograd version counter moves).
         base: theta, same shapes, in delta's dtype, or in half precision where live is fp32.
-            Never written. Must not alias live.
+            Never written. Must not alias live. It may be in host memory: each move then copies
+            it to live's device, one tensor at a time.
         delta: Update direction, same shapes, fp32 or fp64. Never written.
         exact: The caller knows that live is base, cast, so no copy of live need be thought of.
 
@@ -82,7 +83,8 @@ class Ray:
             torch._foreach_copy_(self._live, self._base)
             return
         for at, theta, step in zip(self._live, self._base, self._delta, strict=True):
-            torch.sub(theta, step, alpha=eta, out=at)
+            here = theta.to(at.device, non_blocking=True)  # a copy only where it is offloaded
+            torch.sub(here, step, alpha=eta, out=at)
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -83,6 +83,16 @@ class ModelOptions(_Spec):
     tokenizer: str | None = Field(
         None, description="Directory or hub id; None: the checkpoint's own tokenizer."
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="Run each layer again in the backward pass instead of keeping its "
+        "activations: less memory, the same bits, one forward pass more per gradient.",
+    )
+    compile: bool = Field(
+        False,
+        description="torch.compile each layer: faster on long runs, first passes take a minute; "
+        "losses move by rounding, about 1e-6 of themselves in float32.",
+    )
 
 
 class ParallelOptions(_Spec):
@@ -102,6 +112,11 @@ class ParallelOptions(_Spec):
         le=1024,
         description="Processes, one GPU each where the model runs on GPUs; None: the fewest GPUs "
         "that hold the model, 1 on a CPU or where the model's size is not known beforehand.",
+    )
+    offload_base: bool = Field(
+        False,
+        description="Keep the unperturbed fp32 weights in host memory: 4 bytes per parameter less "
+        "on the GPU, a copy of them for every point of a search. Without effect on a CPU.",
     )
 
     @model_validator(mode="before")

@@ -104,7 +104,7 @@ class UpdateRule:
         for index, shard in enumerate(self._model.shards):
             grad, grads[index] = grads[index], None
             if grad is None:
-                delta.append(torch.zeros_like(shard.base))
+                delta.append(torch.zeros_like(shard.base, device=shard.live.device))
                 continue
             clipped = grad if scale == 1.0 else grad * scale
             step = self._shard_direction(index, shard, clipped)
@@ -131,11 +131,12 @@ class UpdateRule:
 
     def _shard_direction(self, index: int, shard: Shard, grad: Tensor) -> Tensor:
         decay = weight_decay_of(shard.name, self._optimizer)
+        base = shard.base_on_device()
         if isinstance(self._optimizer, Sgd):
-            return sgd_direction(shard.base, grad, weight_decay=decay)
+            return sgd_direction(base, grad, weight_decay=decay)
         exp_avg, exp_avg_sq = self._moments.before(index)
         return adamw_direction(
-            shard.base,
+            base,
             grad,
             exp_avg,
             exp_avg_sq,

@@ -20,8 +20,14 @@ class Shard:
     name: str  # fully qualified parameter name
     lo: int
     hi: int
-    base: "Tensor"  # (hi - lo,) unperturbed values, fp32 (fp64 for fp64 models); never perturbed
+    # (hi - lo,) unperturbed values, fp32 (fp64 for fp64 models); never perturbed. On the model's
+    # device, or in pinned host memory where it is offloaded.
+    base: "Tensor"
     live: "Tensor"  # (hi - lo,) view of what the forward pass reads; FSDP2 casts it when gathering
+
+    def base_on_device(self) -> "Tensor":
+        """The base beside the live shard: itself, or a copy where it is offloaded."""
+        return self.base.to(self.live.device, non_blocking=True)
 
 
 class ShardedModel(Protocol):

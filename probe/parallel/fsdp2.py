@@ -21,11 +21,13 @@ from transformers import PreTrainedModel
 
 from probe.checkpoints.expected import ExpectedWeights
 from probe.checkpoints.source import Source
-from probe.errors import ConfigError, ParallelismError
+from probe.errors import ParallelismError
 from probe.parallel import Shard
 from probe.parallel.buffers import fill_buffers
 from probe.parallel.collectives import raise_together, require_process_group, sum_floats
 from probe.parallel.fill import fill_persistent_buffers, fill_shards
+from probe.parallel.islands import refuse_fp32_islands
+from probe.parallel.offload import empty_base
 from probe.perturb import HALF_PRECISION
 
 
@@ -37,6 +39,7 @@ class Fsdp2Model:
         source: Its values. Each rank reads its own rows and nothing else.
         device: Where this rank runs; the process group must serve it.
         dtype: Of the forward pass: float32, bfloat16 or float16.
+        offload_base: Keep the base in pinned host memory; each point of the ray copies it over.
 
     Raises:
         ParallelismError: There is no process group, another rank failed, or the forward pass
@@ -52,10 +55,16 @@ class Fsdp2Model:
     backend = "fsdp2"
 
     def __init__(
-        self, model: PreTrainedModel, source: Source, device: torch.device, *, dtype: torch.dtype
+        self,
+        model: PreTrainedModel,
+        source: Source,
+        device: torch.device,
+        *,
+        dtype: torch.dtype,
+        offload_base: bool = False,
     ) -> None:
         self.num_ranks = require_process_group()
-        _refuse_fp32_islands(model, dtype)
+        refuse_fp32_islands(model, dtype)
         self.device, self.dtype = device, dtype
         self._expected = ExpectedWeights(model)
         self.model: nn.Module = model
@@ -77,7 +86,7 @@ class Fsdp2Model:
             for name, parameter in model.named_parameters()
         }
         self.shards: Sequence[Shard] = [
-            _shard(name, parameter) for name, parameter in self._parameters.items()
+            _shard(name, parameter, offload_base) for name, parameter in self._parameters.items()
         ]
         self.load(source)
         self._check_seen()
@@ -204,23 +213,12 @@ def shard_modules(model: PreTrainedModel, mesh: DeviceMesh, policy: MixedPrecisi
 
 
 @torch.no_grad()
-def _shard(name: str, parameter: DTensor) -> Shard:
+def _shard(name: str, parameter: DTensor, offload_base: bool) -> Shard:
     local = parameter.to_local()
     assert local.is_contiguous()
     num_rows, row = parameter.shape[0], parameter.shape[1:].numel()  # FSDP divides the rows
     per_rank = -(-num_rows // dist.get_world_size())
     lo = min(dist.get_rank() * per_rank, num_rows) * row
     live = local.detach().view(-1)
-    return Shard(name=name, lo=lo, hi=lo + live.numel(), base=torch.zeros_like(live), live=live)
-
-
-def _refuse_fp32_islands(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    islands = [
-        *(getattr(model, "_keep_in_fp32_modules", None) or ()),
-        *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
-    ]
-    if islands and dtype in HALF_PRECISION:
-        raise ConfigError(
-            f"{type(model).__name__} keeps {', '.join(sorted(islands))} in float32 under "
-            "half precision, which a sharded model cannot. Use model.dtype: float32, or one rank."
-        )
+    base = empty_base(live, offload=offload_base)
+    return Shard(name=name, lo=lo, hi=lo + live.numel(), base=base, live=live)

@@ -3,11 +3,14 @@
 One device where this process is alone, FSDP2 where torch.distributed has several ranks.
 """
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from probe.checkpoints.source import Source
+from probe.layers import run_layers
 from probe.loss import CausalLoss
 from probe.parallel.distributed_loss import DistributedLoss
 from probe.parallel.fsdp2 import Fsdp2Model
@@ -29,6 +32,9 @@ class ResidentModel:
         dtype: Of the forward pass.
         attention: Kernel name for transformers.
         micro_batch_sequences: Sequences of one forward call.
+        offload_base: Keep the unperturbed weights in host memory.
+        activation_checkpointing: Recompute activations in backward passes.
+        compile: Compile the layers.
     """
 
     def __init__(
@@ -38,9 +44,16 @@ class ResidentModel:
         dtype: torch.dtype,
         attention: str,
         micro_batch_sequences: int,
+        offload_base: bool = False,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         self._device, self._dtype, self._attention = device, dtype, attention
         self._micro_batch_sequences = micro_batch_sequences
+        self._offload_base = offload_base
+        self._run_layers = partial(
+            run_layers, activation_checkpointing=activation_checkpointing, compile=compile
+        )
         self._single: tuple[SingleModel, CausalLoss] | None = None
         self._sharded: tuple[Fsdp2Model, CausalLoss] | None = None
 
@@ -60,8 +73,9 @@ class ResidentModel:
         self._single = None  # free it before the next one is built
         half = self._dtype != torch.float32
         runs = source.load_model(self._dtype, self._attention) if half else weights
-        model = SingleModel(runs, weights, self._device)
+        model = SingleModel(runs, weights, self._device, offload_base=self._offload_base)
         loss = CausalLoss(runs, micro_batch_sequences=self._micro_batch_sequences)
+        self._run_layers(model.model)  # after the loss, whose checks run 8 tokens
         self._single = (model, loss)
         return self._single
 
@@ -71,8 +85,11 @@ class ResidentModel:
             self._sharded[0].load(source)
             return self._sharded
         self._sharded = None  # free it before the next one is built
-        model = Fsdp2Model(empty, source, self._device, dtype=self._dtype)
+        model = Fsdp2Model(
+            empty, source, self._device, dtype=self._dtype, offload_base=self._offload_base
+        )
         loss = DistributedLoss(model, micro_batch_sequences=self._micro_batch_sequences)
+        self._run_layers(model.model)
         self._sharded = (model, loss)
         return self._sharded
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from probe.errors import CheckpointError
 from probe.parallel import Shard
-from probe.perturb import HALF_PRECISION, compute_dtype
+from probe.parallel.offload import empty_base
+from probe.perturb import HALF_PRECISION
 
 
 class SingleModel:
@@ -20,21 +21,31 @@ class SingleModel:
         weights: The same checkpoint in fp32 (it may be `model` itself): the base is copied from
             it, so that a half-precision run still steps from what was stored.
         device: Where forward and backward passes run.
+        offload_base: Keep the base in pinned host memory; each point of the ray copies it over.
 
-    Memory: live weights plus 4 bytes per parameter for the base.
+    Memory: live weights plus 4 bytes per parameter for the base, the latter on the host where it
+        is offloaded.
     """
 
     backend = "single"
     num_ranks = 1
 
-    def __init__(self, model: nn.Module, weights: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: nn.Module,
+        device: torch.device,
+        *,
+        offload_base: bool = False,
+    ) -> None:
         self.model = model.to(device).eval()
         self.device = device
         self._parameters = dict(model.named_parameters())
         self.dtype = next(iter(self._parameters.values())).dtype
         stored = dict(weights.named_parameters())
         self.shards: Sequence[Shard] = [
-            _shard(name, parameter, stored[name]) for name, parameter in self._parameters.items()
+            _shard(name, parameter, stored[name], offload_base)
+            for name, parameter in self._parameters.items()
         ]
 
     @property
@@ -118,10 +129,11 @@ class SingleModel:
 
 
 @torch.no_grad()
-def _shard(name: str, parameter: nn.Parameter, stored: Tensor) -> Shard:
+def _shard(name: str, parameter: nn.Parameter, stored: Tensor, offload_base: bool) -> Shard:
     if not parameter.is_contiguous():
         parameter.data = parameter.data.contiguous()
     live = parameter.data.view(-1)
-    base = stored.detach().reshape(-1).to(live.device, compute_dtype(live.dtype), copy=True)
+    base = empty_base(live, offload=offload_base)
+    base.copy_(stored.detach().reshape(-1))
     live.copy_(base)  # also gives pages mapped from the checkpoint file a private copy
     return Shard(name=name, lo=0, hi=live.numel(), base=base, live=live)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 RANKS = Path(__file__).with_name("session_ranks.py")
 TIMEOUT_S = 120
 WORLD_SIZE = 2
-CASES = ["float32", "bfloat16", "warmup"]
+CASES = ["float32", "bfloat16", "warmup recomputed"]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def specs(series):
     return [
         series.spec(model__dtype="float32"),
         series.spec(model__dtype="bfloat16"),
-        series.spec(optimizer__moments="warmup"),
+        series.spec(optimizer__moments="warmup", model__activation_checkpointing=True),
     ]
 
 

@@ -180,8 +180,8 @@ def traps(directory: Path, cases: dict[str, Any]) -> dict[str, Any]:
 
     shard_of = fsdp2._shard
 
-    def detached_shard(name, parameter):
-        shard = shard_of(name, parameter)
+    def detached_shard(name, parameter, offload_base):
+        shard = shard_of(name, parameter, offload_base)
         return dataclasses.replace(shard, live=shard.live.clone())
 
     def only_zero(model):
