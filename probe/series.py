@@ -91,6 +91,7 @@ def _local(spec: LocalCheckpoints) -> list[CheckpointRef]:
 def _local_ref(directory: Path, search: "_Search", config: str | None) -> CheckpointRef:
     found = format_of(directory).describe(directory)
     step = _step_of(search, directory.name)
+    step = found.step if step is None else step
     num_tokens = tokens_in_name(directory.name)
     for file, step_key, token_keys in _STATES:
         if not (directory / file).is_file():

@@ -31,7 +31,7 @@ def moment_keys(index: DcpIndex) -> dict[str, dict[str, str]]:
         match = _STATE.search(key)
         if match is None or match["kind"] not in MOMENT_KINDS:
             continue
-        kinds = found.setdefault(_WRAPPERS.sub("", match["name"]), {})
+        kinds = found.setdefault(without_wrappers(match["name"]), {})
         if match["kind"] in kinds:
             raise CheckpointError(
                 f"{index.directory}: keys {kinds[match['kind']]!r} and {key!r} are the same moment "
@@ -47,10 +47,15 @@ def moment_keys(index: DcpIndex) -> dict[str, dict[str, str]]:
 def weight_keys(index: DcpIndex) -> dict[str, str]:
     """Stored name -> key of every tensor that is no optimizer state, wrappers' names cut out."""
     return {
-        _WRAPPERS.sub("", key): key
+        without_wrappers(key): key
         for key in index.tensors
         if not _STATE.search(key) and not _GROUPS.search(key)
     }
+
+
+def without_wrappers(name: str) -> str:
+    """A parameter's name without the parts torch.compile and the like put into it."""
+    return _WRAPPERS.sub("", name)
 
 
 def find_prefix(stored: Iterable[str], names: Iterable[str], *, where: str) -> str:

@@ -1,7 +1,7 @@
 """Which format a local checkpoint directory is in, and what a listing says of it (torch-free).
 
-The order matters: OLMo-core's directories hold DCP, and a Trainer's hold safetensors. A new
-format is one line in `_FORMATS`.
+The order matters: OLMo-core's directories hold DCP, a Trainer's hold safetensors, and DeepSpeed's
+states may lie in either. A new format is one line in `_FORMATS`.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from probe.checkpoints.dcp_index import dcp_parts, read_dcp_index
 from probe.checkpoints.dcp_keys import moment_keys
+from probe.checkpoints.deepspeed_files import find_deepspeed_files, is_deepspeed
 from probe.checkpoints.layout import check_archive, looks_like_huggingface, read_layout
 
 
@@ -20,6 +21,7 @@ class Found:
     format: str
     has_moments: bool
     size_bytes: int
+    step: int | None = None  # where a file says it, and the directory's name may not
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ def looks_like_checkpoint(directory: Path) -> bool:
     """Whether a directory claims to be a checkpoint of any format, finished or not."""
     return directory.is_dir() and (
         looks_like_huggingface(directory)
+        or is_deepspeed(directory)
         or _is_olmo_core(directory)
         or bool(dcp_parts(directory))
         or _unfinished(directory)
@@ -49,6 +52,14 @@ def format_of(directory: Path) -> Format:
 def _huggingface(directory: Path) -> Found:
     layout = read_layout(directory)
     return Found(format=layout.format, has_moments=layout.has_moments, size_bytes=layout.size_bytes)
+
+
+def _deepspeed(directory: Path) -> Found:
+    files = find_deepspeed_files(directory)
+    # Every ZeRO optimizer of DeepSpeed's keeps moments; which ones is in pickles, not opened here.
+    return Found(
+        format="deepspeed", has_moments=True, size_bytes=files.size_bytes, step=files.step
+    )
 
 
 def _is_trainer(directory: Path) -> bool:
@@ -92,6 +103,7 @@ def _unfinished(directory: Path) -> bool:
 
 
 _FORMATS = (
+    Format(is_deepspeed, _deepspeed, "probe.checkpoints.deepspeed"),
     Format(_is_trainer, _trainer, "probe.checkpoints.trainer"),
     Format(_is_olmo_core, _olmo_core, "probe.checkpoints.olmo_core"),
     Format(_is_dcp, _dcp, "probe.checkpoints.dcp"),
