@@ -18,7 +18,8 @@ from probe.line_search import find_critical_learning_rate
 from probe.loss import CausalLoss
 from probe.moments import CheckpointMoments
 from probe.parallel.buffers import fill_buffers
-from probe.parallel.fsdp2 import Fsdp2Model, _refuse_fp32_islands
+from probe.parallel.fsdp2 import Fsdp2Model
+from probe.parallel.islands import refuse_fp32_islands
 from probe.parallel.single import SingleModel
 from probe.perturb import Ray
 from probe.progress import Meter
@@ -354,9 +355,9 @@ def test_a_buffer_nobody_can_recompute_is_refused(prepared):
 def test_weights_kept_in_fp32_are_refused_under_half_precision(prepared):
     model = skeleton_of(prepared.root / "plain")
     model._keep_in_fp32_modules = ["norm"]
-    _refuse_fp32_islands(model, torch.float32)
+    refuse_fp32_islands(model, torch.float32)
     with pytest.raises(ConfigError, match="keeps norm in float32"):
-        _refuse_fp32_islands(model, torch.bfloat16)
+        refuse_fp32_islands(model, torch.bfloat16)
 
 
 def test_an_architecture_nobody_knows_is_a_checkpoint_error(tmp_path):
