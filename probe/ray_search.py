@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -56,6 +57,36 @@ def check_finite(loss_at_zero: float, which: str) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """One finished search and what it took."""
+
+    found: LineSearchResult
+    num_forward_passes: int  # those at eta = 0 that were needed included
+    loss_resolution: float  # nats per token
+    duration_s: float
+
+
+def search_fields(searched: Searched) -> dict[str, Any]:
+    """What every kind of measurement records of a search, by field name."""
+    found = searched.found
+    return {
+        "outcome": found.outcome,
+        "eta_c": found.eta_c,
+        "eta_lower": found.eta_lower,
+        "eta_upper": found.eta_upper if math.isfinite(found.eta_upper) else None,
+        "eta_interpolated": found.eta_interpolated,
+        "lambda_c": found.lambda_c,
+        "loss_at_zero": found.loss_at_zero,
+        "slope": found.slope,
+        "num_extra_sign_changes": found.num_extra_sign_changes,
+        "trials": [(eta, loss if math.isfinite(loss) else None) for eta, loss in found.trials],
+        "num_forward_passes": searched.num_forward_passes,
+        "loss_resolution": searched.loss_resolution,
+        "duration_s": searched.duration_s,
+    }
+
+
 class RaySearch:
     """All searches of one checkpoint on one kind of loss batch; each starts where the last ended.
 
@@ -64,7 +95,7 @@ class RaySearch:
         loss: Evaluated at each point.
         options: The search's tolerance, limits and algorithm.
         meter: Counts the passes.
-        name: `update` or `held_out`.
+        name: Of the loss batch, for messages: `update`, `held_out`, or a task's.
         eta_init: First guess, from the checkpoint before; None: the spec's.
     """
 
@@ -74,13 +105,12 @@ class RaySearch:
         loss: CausalLoss,
         options: MeasurementOptions,
         meter: Meter,
-        name: LossBatch,
+        name: str,
         eta_init: float | None,
     ) -> None:
         self._model, self._loss, self._options, self._meter = model, loss, options, meter
-        self._name: LossBatch = name
-        guess = options.eta_init if eta_init is None else eta_init
-        self._eta_init = min(max(guess, options.eta_min), options.eta_max)
+        self._name = name
+        self._eta_init = self._within_limits(options.eta_init if eta_init is None else eta_init)
         self._at_zero: tuple[str, float] | None = None  # hash and L0 of the last loss batch
         self._resolution: float | None = None
 
@@ -93,7 +123,7 @@ class RaySearch:
         update_batch: Batch,
         loss_batch: Batch,
     ) -> Measurement:
-        """Search eta_c along one direction.
+        """Search eta_c along one direction, as a measurement of a checkpoint.
 
         Args:
             repeat: Its number, for the record.
@@ -105,6 +135,36 @@ class RaySearch:
         Raises:
             NonFiniteLossError: L(0) is NaN or infinite.
         """
+        searched = self.search(delta, slope, loss_batch)
+        return Measurement(
+            repeat=repeat,
+            loss_batch=cast(LossBatch, self._name),
+            update_batch_sha256=update_batch.sha256,
+            loss_batch_sha256=loss_batch.sha256,
+            **search_fields(searched),
+        )
+
+    def search(
+        self,
+        delta: Sequence[Tensor],
+        slope: float,
+        loss_batch: Batch,
+        *,
+        eta_init: float | None = None,
+    ) -> Searched:
+        """Search eta_c along one direction.
+
+        Args:
+            delta: Flat, aligned with the model's shards.
+            slope: dL/d eta at 0 of the loss batch.
+            loss_batch: The batch the loss is taken on.
+            eta_init: First guess; None: the last eta_c this object found.
+
+        Raises:
+            NonFiniteLossError: L(0) is NaN or infinite.
+        """
+        if eta_init is not None:
+            self._eta_init = self._within_limits(eta_init)
         clock, passes_before = time.perf_counter(), self._meter.num_forward_passes
         ray = Ray(
             [shard.live for shard in self._model.shards],
@@ -130,15 +190,15 @@ class RaySearch:
             self._model.push()
         if found.eta_c is not None:
             self._eta_init = found.eta_c
-        return self._measurement(
-            found,
-            repeat=repeat,
+        return Searched(
+            found=found,
             num_forward_passes=found.num_forward_passes + num_at_zero,
             loss_resolution=resolution,
-            update_batch_sha256=update_batch.sha256,
-            loss_batch_sha256=loss_batch.sha256,
             duration_s=time.perf_counter() - clock,
         )
+
+    def _within_limits(self, eta: float) -> float:
+        return min(max(eta, self._options.eta_min), self._options.eta_max)
 
     def _loss_at_zero(self, loss_at: Callable[[float], float], batch: Batch) -> float:
         """L0 through the same write and forward as the trials; once for one and the same batch."""
@@ -183,20 +243,4 @@ class RaySearch:
             eta_min=eta_min,
             eta_max=options.eta_max,
             max_forward_passes=options.max_forward_passes,
-        )
-
-    def _measurement(self, found: LineSearchResult, **known: Any) -> Measurement:
-        return Measurement(
-            loss_batch=self._name,
-            outcome=found.outcome,
-            eta_c=found.eta_c,
-            eta_lower=found.eta_lower,
-            eta_upper=found.eta_upper if math.isfinite(found.eta_upper) else None,
-            eta_interpolated=found.eta_interpolated,
-            lambda_c=found.lambda_c,
-            loss_at_zero=found.loss_at_zero,
-            slope=found.slope,
-            num_extra_sign_changes=found.num_extra_sign_changes,
-            trials=[(eta, loss if math.isfinite(loss) else None) for eta, loss in found.trials],
-            **known,
         )
