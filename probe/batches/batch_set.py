@@ -8,6 +8,7 @@ not depend on how many update batches are drawn, and no document is in both.
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import islice
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,18 @@ from probe.batches.documents import Tally, read_documents
 from probe.batches.packing import Encoded, Sequence, encode, one_each, pack
 from probe.errors import BatchError
 from probe.spec import Batches, FileData, HubData, TextFormat
+
+
+class Cut(Protocol):
+    """How documents are ordered and cut: what `Batches` says of it, and other specs may."""
+
+    @property
+    def seed(self) -> int:
+        """Order of documents."""
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a sequence."""
 
 
 class BatchSet:
@@ -44,7 +57,7 @@ class BatchSet:
         Cost: reads up to the size of the shuffle buffer of each source.
         """
         self._spec = batches_spec
-        self._pad = _padding_token(tokenizer)
+        self._pad = padding_token(tokenizer)
         self._counts = sequences_per_source(batches_spec, batches_spec.batch_sequences, "batch")
         num_held_out = batches_spec.held_out_sequences or 0
         held_out_counts = (
@@ -54,7 +67,7 @@ class BatchSet:
         )
         held_out_digests: set[bytes] = set()  # of all sources: they may share documents
         self._sources = [
-            _SourceSequences(source, batches_spec, tokenizer, count, held_out_digests)
+            SourceSequences(source, batches_spec, tokenizer, count, held_out_digests)
             for source, count in zip(batches_spec.sources, held_out_counts, strict=True)
         ]
         self._held_out = (
@@ -93,32 +106,57 @@ class BatchSet:
         )
 
     def _assemble(self, per_source: list[list[Sequence]]) -> Batch:
-        order = sorted(  # evenly spread; ties go to the source named first
-            (Fraction(2 * k + 1, 2 * len(sequences)), s, k)
-            for s, sequences in enumerate(per_source)
-            for k in range(len(sequences))
-        )
-        shape = (len(order), self._spec.sequence_length)
-        input_ids = torch.full(shape, self._pad, dtype=torch.int64)
-        loss_mask = torch.zeros(shape, dtype=torch.bool)
-        names = []
-        for row, (_, s, k) in enumerate(order):
-            sequence = per_source[s][k]
-            input_ids[row, : len(sequence.tokens)] = torch.from_numpy(
-                sequence.tokens.astype("int64")
-            )
-            loss_mask[row, sequence.first_target : sequence.end] = True
-            names.append(self._sources[s].name)
-        return make_batch(input_ids, loss_mask, names)
+        names = [source.name for source in self._sources]
+        return interleave(per_source, names, self._spec.sequence_length, self._pad)
 
 
-class _SourceSequences:
-    """The sequences of one source: held-out ones first, then update ones as needed."""
+def interleave(
+    per_source: list[list[Sequence]], names: list[str], sequence_length: int, pad: int
+) -> Batch:
+    """One batch of all sequences, each source's spread evenly over it.
+
+    Args:
+        per_source: Sequences of each source.
+        names: One per source.
+        sequence_length: Columns of the batch, tokens.
+        pad: Token that fills up short sequences, on the right.
+    """
+    order = sorted(  # ties go to the source named first
+        (Fraction(2 * k + 1, 2 * len(sequences)), s, k)
+        for s, sequences in enumerate(per_source)
+        for k in range(len(sequences))
+    )
+    shape = (len(order), sequence_length)
+    input_ids = torch.full(shape, pad, dtype=torch.int64)
+    loss_mask = torch.zeros(shape, dtype=torch.bool)
+    source_names = []
+    for row, (_, s, k) in enumerate(order):
+        sequence = per_source[s][k]
+        input_ids[row, : len(sequence.tokens)] = torch.from_numpy(sequence.tokens.astype("int64"))
+        loss_mask[row, sequence.first_target : sequence.end] = True
+        source_names.append(names[s])
+    return make_batch(input_ids, loss_mask, source_names)
+
+
+class SourceSequences:
+    """The sequences of one source: held-out ones first, then update ones as needed.
+
+    Args:
+        source: What to read.
+        spec: Its `seed` and `sequence_length`.
+        tokenizer: The checkpoint's.
+        num_held_out: Sequences taken first.
+        held_out_digests: Of every held-out document of the batches that must not overlap; added
+            to here, and left out of update sequences.
+
+    Raises:
+        BatchError: Data are missing, malformed or too few.
+    """
 
     def __init__(
         self,
         source: FileData | HubData,
-        spec: Batches,
+        spec: Cut,
         tokenizer: PreTrainedTokenizerBase,
         num_held_out: int,
         held_out_digests: set[bytes],
@@ -135,6 +173,11 @@ class _SourceSequences:
         self._rest = self._cut(_without(encoded, held_out_digests))
 
     def update(self, lo: int, hi: int) -> list[Sequence]:
+        """Update sequences lo..hi of this source.
+
+        Raises:
+            BatchError: It has too few.
+        """
         self._updates.extend(islice(self._rest, max(0, hi - len(self._updates))))
         self._require(len(self._updates), hi, "update")
         return self._updates[lo:hi]
@@ -187,7 +230,7 @@ def _without(encoded: Iterator[Encoded], digests: set[bytes]) -> Iterator[Encode
     return (document for document in encoded if document.digest not in digests)
 
 
-def _padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any token the model knows: padding is never a target and never seen by one."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
