@@ -17,7 +17,7 @@ import vl_convert
 from probe.errors import ConfigError
 from probe.line_search import SearchOutcome
 from probe.result import UnitResult
-from probe.schedule import learning_rate_at
+from probe.schedule import rate_function
 from probe.spec import Schedule
 
 Theme = Literal["light", "dark"]
@@ -208,7 +208,8 @@ def _threshold_rows(results: Sequence[UnitResult], position: _XAxis) -> Rows:
         first + (last - first) * i // _NUM_SCHEDULE_POINTS for i in range(_NUM_SCHEDULE_POINTS)
     } | set(steps)
     points |= {step for step in corners if step is not None and first <= step <= last}
-    rates = [(step, learning_rate_at(schedule, step)) for step in sorted(points)]
+    rate, _ = rate_function(schedule, results[0].unit.checkpoint)
+    rates = [(step, None if rate is None else rate(step)) for step in sorted(points)]
     rows = [{"x": x, "lambda_c": 2 / r, "series": THRESHOLD} for x, r in rates if r]
     return rows or at_units
 

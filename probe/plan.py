@@ -8,10 +8,11 @@ import glob
 import re
 from pathlib import Path
 
+from probe.known_models import known_revision
 from probe.model_size import ModelSize, model_size
 from probe.placement import place
 from probe.result import CheckpointRef, Plan, Unit
-from probe.schedule import learning_rate_at
+from probe.schedule import run_learning_rate
 from probe.series import list_checkpoints
 from probe.spec import AdamW, CheckpointSeriesSpec, FileData
 from probe.spec_load import resolved, spec_sha256
@@ -28,15 +29,19 @@ def expand_units(spec: CheckpointSeriesSpec) -> list[Unit]:
         CheckpointError: No checkpoint matches, or a series holds one without a step.
         CheckpointUnavailableError: The hub is needed to list revisions and did not answer.
     """
-    return [
-        Unit(
-            index=index,
-            unit_id=_unit_id(index, checkpoint),
-            checkpoint=checkpoint,
-            learning_rate=learning_rate_at(spec.schedule, checkpoint.step),
+    units = []
+    for index, checkpoint in enumerate(list_checkpoints(spec.checkpoints)):
+        rate, source = run_learning_rate(spec.schedule, checkpoint)
+        units.append(
+            Unit(
+                index=index,
+                unit_id=_unit_id(index, checkpoint),
+                checkpoint=checkpoint,
+                learning_rate=rate,
+                learning_rate_source=source,
+            )
         )
-        for index, checkpoint in enumerate(list_checkpoints(spec.checkpoints))
-    ]
+    return units
 
 
 def make_plan(spec: CheckpointSeriesSpec) -> Plan:
@@ -61,6 +66,7 @@ def make_plan(spec: CheckpointSeriesSpec) -> Plan:
     placement = place(spec, size)
     per_rank = placement.memory_bytes_per_rank
     notes = [*_size_notes(first, size), *placement.notes, *_moment_notes(spec, units)]
+    notes += _schedule_notes(spec, units)
     return Plan(
         kind=spec.kind,
         spec=resolved(spec),
@@ -131,6 +137,20 @@ def _moment_notes(spec: CheckpointSeriesSpec, units: list[Unit]) -> list[str]:
             f"{absent} of {len(units)} checkpoints hold no optimizer state, and "
             "optimizer.moments is 'checkpoint': those units will fail"
         )
+    return notes
+
+
+def _schedule_notes(spec: CheckpointSeriesSpec, units: list[Unit]) -> list[str]:
+    """What `schedule: auto` found out about a published run, and what it did not."""
+    if spec.schedule.type != "auto":
+        return []
+    sources = {u.learning_rate_source for u in units if u.learning_rate_source is not None}
+    notes = [f"learning rates for 2/eta are those of {source}" for source in sorted(sources)]
+    for unit in units:
+        known = known_revision(unit.checkpoint.location, unit.checkpoint.revision)
+        if known is not None and known.stage.unknown:
+            what = f"{unit.checkpoint.location} {unit.checkpoint.revision}"
+            return [*notes, f"no 2/eta for {what} and its stage: {known.stage.unknown}"]
     return notes
 
 

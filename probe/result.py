@@ -29,10 +29,16 @@ class CheckpointRef(_Result):
     revision: str | None = Field(None, description="Hub revision; None for local files.")
     step: int | None = Field(None, description="Training step, None where a single one has none.")
     num_tokens: int | None = Field(None, description="Tokens seen, where the source says so.")
+    num_tokens_rounded: bool = Field(
+        False, description="`num_tokens` is from a name such as tokens3896B, which rounds it."
+    )
     format: str | None = Field(
         None, description="safetensors, safetensors-index, trainer, dcp, olmo-core or gguf."
     )
     has_moments: bool | None = Field(None, description="AdamW moments present; None: not known.")
+    moments_url: str | None = Field(
+        None, description="Directory where the optimizer state may be published; not asked yet."
+    )
     size_bytes: int | None = Field(None, description="Bytes on disk, where known.")
     config: str | None = Field(
         None, description="Hugging Face config.json for a checkpoint without one of its own."
@@ -53,7 +59,10 @@ class Unit(_Result):
     unit_id: str = Field(description="Stable inside its job, for example `0003-step-120`.")
     checkpoint: CheckpointRef
     learning_rate: float | None = Field(
-        None, description="Learning rate the run used at this step, where the spec tells it."
+        None, description="Learning rate the run used at this step, where it is known."
+    )
+    learning_rate_source: str | None = Field(
+        None, description="Where it is from: `spec`, or the published file it was read off."
     )
 
 

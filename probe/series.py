@@ -16,8 +16,11 @@ import regex  # type: ignore[import-untyped]  # as `re`, with a time limit
 
 from probe.checkpoints.formats import format_of, looks_like_checkpoint
 from probe.checkpoints.layout import read_json_object
+from probe.checkpoints.olmo_config import is_run_config
 from probe.checkpoints.revisions import matching_revisions
+from probe.checkpoints.states_index import StatesIndex
 from probe.errors import CheckpointError, ConfigError
+from probe.known_models import known_revision
 from probe.result import CheckpointRef
 from probe.spec import Checkpoints, GgufCheckpoint, HubCheckpoints, LocalCheckpoints
 
@@ -93,6 +96,10 @@ def _local_ref(directory: Path, search: "_Search", config: str | None) -> Checkp
     step = _step_of(search, directory.name)
     step = found.step if step is None else step
     num_tokens = tokens_in_name(directory.name)
+    rounded = num_tokens is not None
+    in_config = None if step is None else _tokens_by_config(directory, step)
+    if in_config is not None:
+        num_tokens, rounded = in_config, False
     for file, step_key, token_keys in _STATES:
         if not (directory / file).is_file():
             continue
@@ -106,17 +113,29 @@ def _local_ref(directory: Path, search: "_Search", config: str | None) -> Checkp
         tokens = next((state[key] for key in token_keys if key in state), None)
         counted = tokens != 0 or file == "training_state.json"  # Trainer writes 0 for not counted
         if isinstance(tokens, int) and not isinstance(tokens, bool) and counted:
-            num_tokens = tokens
+            num_tokens, rounded = tokens, False
     return CheckpointRef(
         source="local",
         location=str(directory),
         step=step,
         num_tokens=num_tokens,
+        num_tokens_rounded=rounded,
         format=found.format,
         has_moments=found.has_moments,
         size_bytes=found.size_bytes,
         config=config,
     )
+
+
+def _tokens_by_config(directory: Path, step: int) -> int | None:
+    """Steps times the batch of an OLMo-core run, whose config.json counts it in tokens."""
+    config = directory / "config.json"
+    content = read_json_object(config) if config.is_file() else {}
+    loader = content.get("data_loader")
+    size = loader.get("global_batch_size") if isinstance(loader, dict) else None
+    if not is_run_config(content) or type(size) is not int:
+        return None
+    return step * size
 
 
 def _hub(spec: HubCheckpoints) -> list[CheckpointRef]:
@@ -128,16 +147,25 @@ def _hub(spec: HubCheckpoints) -> list[CheckpointRef]:
             f"{spec.repo}: the revisions belong to several stages ({', '.join(sorted(stages))}), "
             "each of which counts its steps from its own start; make one job of each"
         )
-    return [
-        CheckpointRef(
-            source="hub",
-            location=spec.repo,
-            revision=name,
-            step=_step_of(search, name),
-            num_tokens=tokens_in_name(name),
-        )
-        for name in names
-    ]
+    states = StatesIndex(spec)
+    return [_hub_ref(spec, states, name, _step_of(search, name)) for name in names]
+
+
+def _hub_ref(
+    spec: HubCheckpoints, states: StatesIndex, name: str, step: int | None
+) -> CheckpointRef:
+    """Tokens are exact where the run is known; a name such as `tokens3896B` rounds them."""
+    known = known_revision(spec.repo, name)
+    in_name = tokens_in_name(name)
+    return CheckpointRef(
+        source="hub",
+        location=spec.repo,
+        revision=name,
+        step=step,
+        num_tokens=in_name if known is None else known.num_tokens,
+        num_tokens_rounded=known is None and in_name is not None,
+        moments_url=states.url(name, step),
+    )
 
 
 def _gguf(spec: GgufCheckpoint) -> CheckpointRef:

@@ -4,6 +4,7 @@ Unknown keys are refused with the nearest valid name, every number has a range, 
 that is missing is an error that lists the choices, never a guess.
 """
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -54,6 +55,26 @@ class HubCheckpoints(_Spec):
     every: int = Field(1, ge=1, description="Take every k-th revision of the sorted series.")
     first_step: int | None = Field(None, ge=0, description="Leave out revisions before it.")
     last_step: int | None = Field(None, ge=0, description="Leave out revisions after it.")
+    optimizer_states: str = Field(
+        "auto",
+        description="Where AdamW's moments are published, which the revisions lack. auto: the "
+        "known places of OLMo-2 1B, 7B and 13B; none: nowhere; an https URL of a step's directory "
+        "with `{step}` in it; or a local .csv file with columns Step and Checkpoint Directory. The "
+        "worker fetches them; what is not there is accumulated instead, and recorded.",
+    )
+
+    @field_validator("optimizer_states")
+    @classmethod
+    def _states_are_somewhere(cls, value: str) -> str:
+        is_url = re.match(r"(https://[^/]|http://(127\.0\.0\.1|localhost)[:/])", value)
+        is_file = value.endswith(".csv") and "://" not in value
+        if (
+            value in ("auto", "none")
+            or is_file
+            or (is_url and "{step}" in value and not value.endswith(".csv"))
+        ):
+            return value
+        raise ValueError("choose auto, none, an https URL with {step} in it, or a local .csv file")
 
 
 class GgufCheckpoint(_Spec):
@@ -278,7 +299,11 @@ class MeasurementOptions(_Spec):
 class Schedule(_Spec):
     """The learning rate the run used, so that 2/eta is drawn beside lambda_c."""
 
-    type: Literal["constant", "warmup_stable_decay", "cosine", "linear", "none"] = "none"
+    type: Literal["auto", "constant", "warmup_stable_decay", "cosine", "linear", "none"] = Field(
+        "auto",
+        description="auto: that of a published run known here (revisions of OLMo-2 1B, 7B, 13B and "
+        "32B on the hub), else none; none: no 2/eta.",
+    )
     peak: float | None = Field(None, gt=0, description="Peak learning rate.")
     warmup_steps: int = Field(0, ge=0, description="Linear from `start` to peak.")
     start: float = Field(0.0, ge=0, description="Learning rate at step 0 where there is warm-up.")
@@ -290,7 +315,10 @@ class Schedule(_Spec):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
+        if self.type == "auto" and self.peak is not None:
+            raise ValueError("peak needs a type: constant, warmup_stable_decay, cosine or linear")
         needs = {
+            "auto": (),
             "none": (),
             "constant": ("peak",),
             "warmup_stable_decay": ("peak", "decay_start", "total_steps"),

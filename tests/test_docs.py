@@ -88,12 +88,11 @@ def test_olmo2_jobs_are_planned_offline(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     plan = yaml.safe_load(done.stdout)
     assert len(plan["units"]) == 10
-    spec = load_spec(ROOT / "configs" / name)
     last = plan["units"][-1]
-    assert last["learning_rate"] < 0.5 * spec.schedule.peak
+    peak = {"olmo2-1b-series.yaml": 4e-4, "olmo2-7b-series.yaml": 3e-4}[name]
+    assert 0.1 * peak < last["learning_rate"] < 0.5 * peak
     tokens_per_step = {"olmo2-1b-series.yaml": 512 * 4096, "olmo2-7b-series.yaml": 1024 * 4096}[
         name
     ]
     for unit in plan["units"]:
-        tokens = unit["checkpoint"]["step"] * tokens_per_step
-        assert 0 <= unit["checkpoint"]["num_tokens"] - tokens < 1e9, unit  # names round up to 1B
+        assert unit["checkpoint"]["num_tokens"] == unit["checkpoint"]["step"] * tokens_per_step

@@ -220,7 +220,7 @@ def checkpoints_table(checkpoints: Iterable[CheckpointRef]) -> Table:
         moments = {True: "yes", False: "no", None: "?"}[ref.has_moments]
         table.add_row(
             NONE if ref.step is None else str(ref.step),
-            quantity(ref.num_tokens),
+            ("~" if ref.num_tokens_rounded else "") + quantity(ref.num_tokens),
             ref.format or "?",
             moments,
             byte_size(ref.size_bytes),

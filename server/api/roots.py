@@ -39,6 +39,8 @@ def check_checkpoints(
     elif ".." in checkpoints.repo.split("/") or Path(checkpoints.repo).exists():
         # Loaders take a directory of that name before they ask the hub.
         raise _refused(checkpoints.repo, roots, f"{prefix}repo")
+    elif checkpoints.optimizer_states.endswith(".csv"):
+        _check_pattern(checkpoints.optimizer_states, roots, f"{prefix}optimizer_states")
 
 
 def check_spec(spec: CheckpointSeriesSpec, roots: Sequence[Path]) -> None:

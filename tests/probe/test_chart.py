@@ -8,6 +8,7 @@ import pytest
 
 from probe.chart import THRESHOLD, series_chart, to_png, to_svg, to_vega
 from probe.errors import ConfigError
+from probe.result import CheckpointRef
 
 
 def rows_of(vega):
@@ -49,6 +50,24 @@ def test_threshold_is_two_over_the_learning_rate_between_checkpoints_too(make_un
     assert line[100] == pytest.approx(200)  # the corner, where no checkpoint is
     assert line[400] == pytest.approx(200)
     assert line[500] == pytest.approx(400)
+
+
+def test_the_threshold_of_a_published_run_follows_its_own_schedule(make_unit_result, series_spec):
+    spec = {k: v for k, v in series_spec.items() if k != "schedule"}
+    repo = "allenai/OLMo-2-1124-7B"
+    found = []
+    for index, step in enumerate((1000, 9000)):
+        result = make_unit_result(index, step, learning_rate=6.1499e-5, spec=spec)
+        revision = f"stage2-ingredient1-step{step}-tokens{step * 4194304 // 10**9 + 1}B"
+        at = CheckpointRef(source="hub", location=repo, revision=revision, step=step)
+        unit = result.unit.model_copy(update={"checkpoint": at})
+        found.append(result.model_copy(update={"unit": unit}))
+    line = {r["x"]: r["lambda_c"] for r in rows_of(to_vega(series_chart(found)))
+            if r.get("series") == THRESHOLD}  # fmt: skip
+    assert len(line) > 20
+    for step, threshold in line.items():  # a line to 0 over 11920 steps
+        rate = 6.1499e-5 * (1 - (step + 1) / 11920)
+        assert threshold == pytest.approx(2 / rate, rel=1e-9)
 
 
 def test_searches_without_an_answer_are_marked_and_break_the_line(make_unit_result):

@@ -3,7 +3,10 @@
 import copy
 from typing import Any
 
-from probe.plan import _file_notes
+import pytest
+
+from probe.plan import _file_notes, make_plan
+from probe.result import Plan
 from probe.spec_load import parse_spec
 
 
@@ -16,3 +19,30 @@ def test_a_data_file_that_is_not_here_is_named(series_spec: dict[str, Any], tmp_
     notes = _file_notes(parse_spec(raw))
     assert len(notes) == 1
     assert missing in notes[0]
+
+
+def hub_plan(series_spec: dict[str, Any], revisions: list[str], **schedule: Any) -> Plan:
+    raw = copy.deepcopy(series_spec)
+    repo = "allenai/OLMo-2-1124-13B"
+    raw["checkpoints"] = {"source": "hub", "repo": repo, "revisions": revisions}
+    raw["schedule"] = schedule
+    return make_plan(parse_spec(raw))
+
+
+def test_a_plan_says_whose_learning_rates_it_takes(series_spec: dict[str, Any]) -> None:
+    revisions = ["stage2-ingredient4-step17880-tokens150B", "stage2-ingredient4-step1000-tokens9B"]
+    plan = hub_plan(series_spec, revisions)
+    assert plan.units[1].learning_rate == pytest.approx(9e-5 / 2)
+    source = "allenai/OLMo configs/official-1124/OLMo2-13B-stage2-seed2662-300B.yaml"
+    assert plan.units[1].learning_rate_source == source
+    assert f"learning rates for 2/eta are those of {source}" in plan.notes
+
+
+def test_a_plan_says_why_a_known_run_has_no_threshold(series_spec: dict[str, Any]) -> None:
+    revision = "stage1-step102500-tokens860B"
+    plan = hub_plan(series_spec, [revision])
+    assert plan.units[0].learning_rate is None
+    assert any(revision in note and "peak of 3e-4" in note for note in plan.notes)
+    stated = hub_plan(series_spec, [revision], type="constant", peak=9e-4)
+    assert (stated.units[0].learning_rate, stated.units[0].learning_rate_source) == (9e-4, "spec")
+    assert not any("2/eta" in note for note in stated.notes)

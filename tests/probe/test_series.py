@@ -125,7 +125,7 @@ def test_two_of_one_step_are_not_one_run(run):
 def test_training_state_gives_tokens_and_may_not_contradict(tmp_path):
     write_checkpoint(tmp_path / "step-7", state={"step": 7, "tokens": 512})
     (ref,) = local(tmp_path)
-    assert (ref.step, ref.num_tokens) == (7, 512)
+    assert (ref.step, ref.num_tokens, ref.num_tokens_rounded) == (7, 512, False)
     write_checkpoint(tmp_path / "step-8", state={"step": 7})
     with pytest.raises(CheckpointError, match=r"name says step 8, training_state.json says 7"):
         local(tmp_path)
@@ -229,7 +229,7 @@ def revisions(*names, **options):
 def test_hub_patterns_are_listed_and_ordered(hub):
     refs = revisions("stage1-step*-tokens*")
     assert steps(refs) == [1000, 2000, 10000]
-    assert refs[0].num_tokens == 3_000_000_000
+    assert (refs[0].num_tokens, refs[0].num_tokens_rounded) == (3_000_000_000, True)
     assert refs[0].location == "allenai/OLMo-2"
     assert refs[0].has_moments is None
     assert steps(revisions("stage1-step*", every=2)) == [1000, 10000]
@@ -349,3 +349,83 @@ def test_listing_imports_no_torch(run):
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+SEVEN_B = "allenai/OLMo-2-1124-7B"
+STEP_1000 = "stage1-step1000-tokens5B"
+
+
+def published(optimizer_states, *names, repo=SEVEN_B):
+    spec = HubCheckpoints(
+        source="hub", repo=repo, revisions=list(names), optimizer_states=optimizer_states
+    )
+    return list_checkpoints(spec)
+
+
+def test_a_known_run_has_exact_tokens_and_known_places():
+    (ref,) = published("auto", STEP_1000)
+    assert (ref.num_tokens, ref.num_tokens_rounded) == (1000 * 1024 * 4096, False)
+    assert ref.moments_url == "https://olmo-checkpoints.org/ai2-llm/peteish7/step1000-unsharded/"
+    assert ref.has_moments is None  # nothing is asked before the worker does
+
+
+def test_where_no_place_is_known_or_wanted():
+    assert published("none", STEP_1000)[0].moments_url is None
+    assert published("auto", STEP_1000, repo="someone/else")[0].moments_url is None
+
+
+def test_a_url_pattern_gives_each_step_its_directory():
+    refs = published("https://example.org/run/step{step}/", "a-step7", "a-step70", repo="o/r")
+    assert [r.moments_url for r in refs] == [
+        "https://example.org/run/step7/",
+        "https://example.org/run/step70/",
+    ]
+
+
+@pytest.mark.parametrize(
+    "value", ["http://example.org/{step}/", "https://example.org/step7/", "file:///x.csv", "some"]
+)
+def test_other_places_are_refused(value):
+    with pytest.raises(ValueError, match="an https URL with"):
+        published(value, STEP_1000)
+
+
+def test_a_published_csv_of_two_ingredients(tmp_path, caplog):
+    """As allenai/OLMo has them, with the row of the 13B that points to another step's state."""
+    base = "https://olmo-checkpoints.org/ai2-llm/x"
+    rows = ["Ingredient,Step,Checkpoint Directory"]
+    rows += [f"{i},{s},{base}/ingredient{i}/step{s}-unsharded/" for i in (1, 3) for s in (1, 2)]
+    rows.append(f"3,11931,{base}/ingredient3/step11000-unsharded/")
+    path = tmp_path / "stage2.csv"
+    path.write_text("\n".join(rows))
+    names = [f"stage2-ingredient3-step{s}-tokens1B" for s in (1, 2, 3, 11931)]
+    urls = [ref.moments_url for ref in published(str(path), *names)]
+    assert urls[:2] == [f"{base}/ingredient3/step{s}-unsharded/" for s in (1, 2)]
+    assert urls[2:] == [None, None]
+    assert "step 11931 points to" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("Step,Where\n1,https://x/\n", "expected columns Step and Checkpoint Directory"),
+        ("Step,Checkpoint Directory\n1,http://10.0.0.1/\n", "an https URL"),
+        ("Step,Checkpoint Directory\none,https://x/\n", "expected a step"),
+    ],
+)
+def test_a_broken_csv_says_what_is_wrong(tmp_path, content, message):
+    path = tmp_path / "list.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        published(str(path), STEP_1000)
+
+
+def test_an_olmo_core_run_counts_tokens_by_its_batch(tmp_path):
+    run = write_checkpoint(tmp_path / "step30-tokens1B")
+    config = {"model": {"d_model": 1}, "data_loader": {"global_batch_size": 4096}}
+    assert local(tmp_path, "step*")[0].num_tokens_rounded
+    (run / "config.json").write_text(json.dumps(config))
+    (ref,) = local(tmp_path, "step*")
+    assert (ref.num_tokens, ref.num_tokens_rounded) == (30 * 4096, False)

@@ -90,6 +90,7 @@ def test_the_hash_ignores_names_for_people_and_nothing_else():
         ("kind", "mix-scan", "kind", "choose from: checkpoint_series"),
         ("kind", "checkpoint_serie", "kind", "did you mean 'checkpoint_series'?"),
         ("schedule", {"type": "cosine"}, "schedule", "needs peak, total_steps"),
+        ("schedule", {"peak": 1e-3}, "schedule", "peak needs a type"),
         ("labels", {"a b": "c"}, "labels.a b.[key]", "pattern"),
         ("parallel", {"backend": "single", "ranks": 2}, "parallel", "ranks is 2"),
         ("parallel", {"backend": "fsdp"}, "parallel.backend", "'fsdp2'"),

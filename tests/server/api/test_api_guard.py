@@ -186,6 +186,25 @@ def test_a_hub_id_that_is_a_directory_here_is_refused(fenced, spec, workspace, m
         assert refused_field(fenced.post("/v1/jobs", json=spec)) == "checkpoints.repo"
 
 
+def test_a_list_of_optimizer_states_outside_the_roots_is_refused(fenced, spec, workspace):
+    (workspace / "runs" / "linked.csv").symlink_to("/etc/hostname")
+    for path in ("/etc/x.csv", "~/x.csv", f"{workspace}/outside/x.csv", "runs/linked.csv"):
+        source = {"source": "hub", "repo": "o/r", "revisions": ["step1"], "optimizer_states": path}
+        for url in ("/v1/jobs", "/v1/jobs:plan"):
+            answer = fenced.post(url, json=spec | {"checkpoints": source})
+            assert refused_field(answer) == "checkpoints.optimizer_states"
+
+
+def test_a_plan_asks_no_url_that_a_stranger_names(fenced, spec):
+    """Nobody listens on that port of this machine: the URL is kept for the worker, not asked."""
+    url = "http://127.0.0.1:9/{step}/"
+    source = {"source": "hub", "repo": "o/r", "revisions": ["step1"], "optimizer_states": url}
+    answer = fenced.post("/v1/jobs:plan", json=spec | {"checkpoints": source})
+    assert answer.status_code == 200
+    (unit,) = answer.json()["units"]
+    assert unit["checkpoint"]["moments_url"] == "http://127.0.0.1:9/1/"
+
+
 def test_data_and_tokenizer_outside_the_roots_are_refused(fenced, spec, workspace):
     spec["checkpoints"]["path"] = str(workspace / "runs" / "step-[23]00")
     (workspace / "runs" / "linked.jsonl").symlink_to("/etc/hostname")
