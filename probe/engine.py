@@ -19,7 +19,7 @@ from probe.batches import Batch, BatchSet
 from probe.checkpoints import open_checkpoint
 from probe.checkpoints.source import Source
 from probe.errors import BatchError, ConfigError
-from probe.loss import CausalLoss
+from probe.loss import CausalLoss, num_rows
 from probe.memory import PeakMemory, out_of_memory_explained
 from probe.moments import Moments, NoMoments, WarmupMoments, choose_moments
 from probe.parallel.resident import Model, ResidentModel, num_ranks
@@ -73,6 +73,7 @@ class Session:
         self._tokenizer_key = ""  # of the tokenizer the batches were made with
         self._resident: tuple[Model, CausalLoss] | None = None
         self._models = ResidentModel(
+            backend=self.backend,
             device=self.device,
             dtype=self.dtype,
             attention=self.attention,
@@ -301,7 +302,7 @@ def check_vocabulary(batch: Batch, model: nn.Module) -> None:
     Raises:
         ConfigError: The tokenizer is larger than the model's vocabulary.
     """
-    embeddings = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    embeddings = num_rows(model.get_input_embeddings().weight)  # type: ignore[operator]
     largest = int(batch.input_ids.max())
     if largest >= embeddings:
         raise ConfigError(

@@ -193,11 +193,12 @@ def plain_path_reason(model: nn.Module) -> str | None:
     kind, gathers = type(head), isinstance(head, FSDPModule)
     if (kind.__mro__[2] if gathers else kind) is not nn.Linear:  # fully_shard puts its class first
         return f"the output layer is {kind.__name__}, not a plain Linear"
-    # A sharded layer has hooks of FSDP's own, which still run around a replaced forward.
+    # A sharded layer has two hooks that gather and free it, also around a replaced forward.
     num_hooks = len(head._forward_hooks) + len(head._forward_pre_hooks)
-    if num_hooks > (2 if gathers else 0) or "forward" in head.__dict__:
+    sharded = gathers or hasattr(head.weight, "ds_shape")
+    if num_hooks > (2 if sharded else 0) or "forward" in head.__dict__:
         return "the output layer has hooks"
-    ids = (torch.arange(8, device=head.weight.device) % head.weight.shape[0])[None]
+    ids = (torch.arange(8, device=head.weight.device) % num_rows(head.weight))[None]
     seen: list[Tensor] = []
 
     def made_up(hidden: Tensor) -> Tensor:
@@ -214,6 +215,12 @@ def plain_path_reason(model: nn.Module) -> str | None:
         if not torch.equal(logits.to(seen[0].dtype), seen[0]):
             return "the model changes its logits after the output layer"
         return _disagreement(model, ids)
+
+
+def num_rows(weight: Tensor) -> int:
+    """Rows of a weight. Under ZeRO-3 `shape` is empty while it is not gathered."""
+    shape: torch.Size = getattr(weight, "ds_shape", weight.shape)
+    return shape[0]
 
 
 def _disagreement(model: nn.Module, ids: Tensor) -> str | None:

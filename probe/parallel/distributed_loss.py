@@ -14,8 +14,8 @@ from torch import Tensor
 
 from probe.errors import BatchError
 from probe.loss import CausalLoss, LossSums, TokenBatch, micro_batch, num_micro_batches
+from probe.parallel import ShardedModel
 from probe.parallel.collectives import gather_floats
-from probe.parallel.fsdp2 import Fsdp2Model
 
 
 class DistributedLoss(CausalLoss):
@@ -28,7 +28,7 @@ class DistributedLoss(CausalLoss):
         micro_batch_sequences: Sequences of one forward call on one rank.
     """
 
-    def __init__(self, model: Fsdp2Model, *, micro_batch_sequences: int) -> None:
+    def __init__(self, model: ShardedModel, *, micro_batch_sequences: int) -> None:
         super().__init__(model.model, micro_batch_sequences=micro_batch_sequences)
 
     def sums(self, batch: TokenBatch) -> LossSums:

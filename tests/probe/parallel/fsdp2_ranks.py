@@ -14,9 +14,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from sharded_cases import measured, warmed_up
 from torch.distributed.fsdp import FSDPModule
 
-from probe.batches.batch import make_batch
 from probe.checkpoints import open_checkpoint
 from probe.errors import CheckpointError, ProbeError
 from probe.line_search import find_critical_learning_rate
@@ -25,10 +25,8 @@ from probe.parallel import fsdp2
 from probe.parallel.distributed_loss import DistributedLoss
 from probe.parallel.fsdp2 import Fsdp2Model
 from probe.perturb import Ray
-from probe.progress import Meter
-from probe.ray_search import RaySearch
 from probe.result import CheckpointRef
-from probe.spec import AdamW, MeasurementOptions
+from probe.spec import AdamW
 from probe.update import UpdateRule
 
 CPU = torch.device("cpu")
@@ -68,20 +66,23 @@ def build(directory: Path, dtype: torch.dtype, fail_on: str | None = None):
     return model, source
 
 
-def along(model, loss, batch, delta, etas):
+def along(model, loss, batch, delta, etas, *, restore=True):
     ray = Ray([s.live for s in model.shards], [s.base for s in model.shards], delta, exact=True)
     found = []
     for eta in etas:
         ray.move(eta)
         model.push()
         found.append(list(loss.sums(batch).nll))
-    ray.move(0.0)
-    model.push()
+    if restore:
+        ray.move(0.0)
+        model.push()
     return found
 
 
-def measure(directory: Path, case: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    model, source = build(directory, dtype)
+def measure(
+    directory: Path, case: dict[str, Any], dtype: torch.dtype, make: Any = None
+) -> dict[str, Any]:
+    model, source = (make or build)(directory, dtype)
     batch = Batch(case["ids"], case["mask"])
     loss = DistributedLoss(model, micro_batch_sequences=case["micro_batch_sequences"])
     passes = []
@@ -105,7 +106,7 @@ def measure(directory: Path, case: dict[str, Any], dtype: torch.dtype) -> dict[s
         model.push()
     broken.remove()
     found["restored"] = all(
-        torch.equal(s.live, b) and torch.equal(s.base, b)
+        torch.equal(s.live, b) and torch.equal(s.base.to(b.dtype), b)
         for s, b in zip(model.shards, before, strict=True)
     )
     found["losses_again"] = along(model, loss, batch, delta, case["etas"][:2])
@@ -115,20 +116,11 @@ def measure(directory: Path, case: dict[str, Any], dtype: torch.dtype) -> dict[s
     found["gradient"] = [None if g is None else g.clone() for g in grads]
     optimizer = AdamW(clip_grad_norm=0.5, weight_decay=0.1)
     moments = CheckpointMoments(source.inner, model.shards, label="here")
+    found["warm_delta"], found["warm_slope"] = warmed_up(model, optimizer, grads)
     found["delta"], found["slope"] = UpdateRule(model, optimizer, moments).direction(grads)
     found["losses_after_backward"] = along(model, loss, batch, delta, case["etas"][:2])
     found["unseen"] = model.unseen()
     return found
-
-
-def measured(model, loss, case, delta):
-    """What the engine's own search records, wall clock left out."""
-    batch = make_batch(case["ids"], case["mask"], [""] * len(case["ids"]))
-    meter = Meter(None)
-    options = MeasurementOptions(loss_batch="update")
-    run = RaySearch(model, loss, options, meter, "update", None).run
-    result = run(repeat=0, delta=delta, slope=case["slope"], update_batch=batch, loss_batch=batch)
-    return result.model_dump(mode="json", exclude={"duration_s"})
 
 
 def fail(*_):
@@ -237,7 +229,7 @@ def main(root: Path, rank: int, world_size: int) -> None:
     }
     found["traps"] = traps(root / "plain", cases)
     found["refusals"] = refusals(root)
-    torch.save(found, root / f"found-{world_size}-{rank}.pt")
+    torch.save(found, root / f"found-fsdp2_ranks-{world_size}-{rank}.pt")
     dist.barrier()
     os._exit(0)  # gloo's threads can abort the process while Python shuts down
 
