@@ -10,12 +10,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
-class _Spec(BaseModel):
+class SpecModel(BaseModel):
+    """Every part of a job spec: no unknown keys, no silent conversions, not changed once made."""
+
     # strict: `repeats: yes` or "4" is an error, not 1 or 4.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
-class LocalCheckpoints(_Spec):
+class LocalCheckpoints(SpecModel):
     """Directories on this machine: safetensors, HF Trainer, torch DCP or OLMo-core."""
 
     source: Literal["local"] = "local"
@@ -37,7 +39,7 @@ class LocalCheckpoints(_Spec):
     last_step: int | None = Field(None, ge=0, description="Leave out checkpoints after it.")
 
 
-class HubCheckpoints(_Spec):
+class HubCheckpoints(SpecModel):
     """Revisions of one Hugging Face hub repository."""
 
     source: Literal["hub"]
@@ -77,7 +79,7 @@ class HubCheckpoints(_Spec):
         raise ValueError("choose auto, none, an https URL with {step} in it, or a local .csv file")
 
 
-class GgufCheckpoint(_Spec):
+class GgufCheckpoint(SpecModel):
     """One GGUF file: weights only, dequantised on load."""
 
     source: Literal["gguf"]
@@ -90,7 +92,7 @@ Checkpoints = Annotated[
 ]
 
 
-class ModelOptions(_Spec):
+class ModelOptions(SpecModel):
     """How the model is run."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
@@ -116,7 +118,7 @@ class ModelOptions(_Spec):
     )
 
 
-class ParallelOptions(_Spec):
+class ParallelOptions(SpecModel):
     """How many processes share the model, and what spreads it over them.
 
     There is no dtype here: weights are kept in fp32 and gathered in `model.dtype`.
@@ -157,7 +159,7 @@ class ParallelOptions(_Spec):
         return self
 
 
-class AdamW(_Spec):
+class AdamW(SpecModel):
     """The AdamW step the run would take."""
 
     name: Literal["adamw"] = "adamw"
@@ -183,7 +185,7 @@ class AdamW(_Spec):
     )
 
 
-class Sgd(_Spec):
+class Sgd(SpecModel):
     """Plain gradient descent: the direction is the gradient plus decay."""
 
     name: Literal["sgd"]
@@ -197,14 +199,14 @@ class Sgd(_Spec):
 Optimizer = Annotated[AdamW | Sgd, Field(discriminator="name")]
 
 
-class TextFormat(_Spec):
+class TextFormat(SpecModel):
     """Every token counts."""
 
     type: Literal["text"] = "text"
     field: str = Field("text", description="Column or JSON key that holds the text.")
 
 
-class QuestionAnswerFormat(_Spec):
+class QuestionAnswerFormat(SpecModel):
     """Only the answer's tokens count; the question conditions them."""
 
     type: Literal["question_answer"]
@@ -219,7 +221,7 @@ class QuestionAnswerFormat(_Spec):
     )
 
 
-class _DataSource(_Spec):
+class _DataSource(SpecModel):
     name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.-]+$", description="In results.")
     share: float = Field(1.0, gt=0, description="Weight of this source's sequences in a batch.")
     format: Annotated[TextFormat | QuestionAnswerFormat, Field(discriminator="type")] = TextFormat()
@@ -246,7 +248,7 @@ class HubData(_DataSource):
 DataSource = Annotated[FileData | HubData, Field(discriminator="type")]
 
 
-class Batches(_Spec):
+class Batches(SpecModel):
     """The fixed tokens every gradient and every loss is taken on."""
 
     sources: list[DataSource] = Field(min_length=1, description="Mixed by `share`.")
@@ -265,13 +267,9 @@ class Batches(_Spec):
     seed: int = Field(0, ge=0, lt=2**31, description="Order of documents and sequences.")
 
 
-class MeasurementOptions(_Spec):
+class SearchOptions(SpecModel):
     """How eta_c is searched, and how often."""
 
-    loss_batch: Literal["update", "held_out", "both"] = Field(
-        description="Batch the loss is taken on: `update` (the batch of the gradient, as in the "
-        "paper), `held_out` (fixed tokens the step has not seen), or both.",
-    )
     repeats: int = Field(1, ge=1, le=10_000, description="Measurements per checkpoint.")
     search: Literal["interpolate", "bisect"] = Field(
         "interpolate", description="bisect is the paper's; both end with the same certificate."
@@ -296,7 +294,16 @@ class MeasurementOptions(_Spec):
         return self
 
 
-class Schedule(_Spec):
+class MeasurementOptions(SearchOptions):
+    """How eta_c is searched, how often, and on which loss."""
+
+    loss_batch: Literal["update", "held_out", "both"] = Field(
+        description="Batch the loss is taken on: `update` (the batch of the gradient, as in the "
+        "paper), `held_out` (fixed tokens the step has not seen), or both.",
+    )
+
+
+class Schedule(SpecModel):
     """The learning rate the run used, so that 2/eta is drawn beside lambda_c."""
 
     type: Literal["auto", "constant", "warmup_stable_decay", "cosine", "linear", "none"] = Field(
@@ -336,15 +343,22 @@ class Schedule(_Spec):
         return self
 
 
-class CheckpointSeriesSpec(_Spec):
+JobName = Annotated[str, Field(min_length=1, max_length=200, description="For people.")]
+Labels = Annotated[
+    dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9._/-]{1,63}$")],
+        Annotated[str, Field(max_length=255)],
+    ],
+    Field(max_length=32, description="For filters: project=demo."),
+]
+
+
+class CheckpointSeriesSpec(SpecModel):
     """Critical sharpness of every checkpoint of one run."""
 
     kind: Literal["checkpoint_series"]
-    name: str = Field(min_length=1, max_length=200, description="For people.")
-    labels: dict[
-        Annotated[str, Field(pattern=r"^[A-Za-z0-9._/-]{1,63}$")],
-        Annotated[str, Field(max_length=255)],
-    ] = Field(default_factory=dict, max_length=32, description="For filters: project=demo.")
+    name: JobName
+    labels: Labels = Field(default_factory=dict)
     checkpoints: Checkpoints
     model: ModelOptions = ModelOptions()
     parallel: ParallelOptions = ParallelOptions()
