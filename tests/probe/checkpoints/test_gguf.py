@@ -7,10 +7,9 @@ import gzip
 import os
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
+from gguf_file import write_gguf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from probe.checkpoints import open_checkpoint
@@ -20,60 +19,6 @@ from probe.result import CheckpointRef
 
 HIDDEN, HEADS, LAYERS, VOCAB = 32, 4, 1, 40
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gguf")
-
-
-def to_gguf_order(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """GGUF keeps the two halves of each rotary head interleaved; Llama keeps them apart."""
-    return (
-        weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(weight.shape)
-    )
-
-
-def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(model.config.intermediate_size)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(VOCAB)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<e>", *(chr(i) for i in range(ord("A"), ord("A") + VOCAB - 1))])
-    writer.add_token_merges(["A B"])
-    writer.add_eos_token_id(0)
-    state = model.state_dict()
-    names = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-    }
-    for i in range(LAYERS):
-        for ours, theirs in {
-            "input_layernorm": "attn_norm",
-            "post_attention_layernorm": "ffn_norm",
-            "self_attn.q_proj": "attn_q",
-            "self_attn.k_proj": "attn_k",
-            "self_attn.v_proj": "attn_v",
-            "self_attn.o_proj": "attn_output",
-            "mlp.gate_proj": "ffn_gate",
-            "mlp.up_proj": "ffn_up",
-            "mlp.down_proj": "ffn_down",
-        }.items():
-            names[f"model.layers.{i}.{ours}.weight"] = f"blk.{i}.{theirs}.weight"
-    for ours, theirs in names.items():
-        tensor = state[ours]
-        if ours.endswith(("q_proj.weight", "k_proj.weight")):
-            tensor = to_gguf_order(tensor, HEADS)
-        writer.add_tensor(theirs, np.ascontiguousarray(tensor.numpy()))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.fixture
@@ -112,6 +57,17 @@ def test_gives_back_the_weights_it_was_written_from(file, llama):
         assert torch.equal(source.read(name, "weight", 3, 9), parameter.detach().flatten()[3:9])
     ids = torch.arange(10)[None]
     assert torch.equal(loaded(ids).logits, llama.eval()(ids).logits)
+
+
+def test_shapes_are_known_without_decoding(file, llama, monkeypatch):
+    def decode(*_):
+        raise AssertionError("a tensor was decoded")
+
+    monkeypatch.setattr("gguf.dequantize", decode)
+    source = open_file(file)
+    shapes = {name: tuple(p.shape) for name, p in llama.named_parameters()}
+    assert source.weight_shapes() == shapes
+    assert {n: tuple(p.shape) for n, p in source.skeleton("sdpa").named_parameters()} == shapes
 
 
 def test_the_model_is_a_plain_one(file, tmp_path):
