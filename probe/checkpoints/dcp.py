@@ -100,6 +100,10 @@ class DcpSource:
         tensor = self._weight(name) if kind == "weight" else self._moment(name, kind)
         return read_dcp_range(tensor, lo, hi)
 
+    def moment_shape(self, name: str) -> tuple[int, ...]:
+        """See `probe.checkpoints.beside.Moments.moment_shape`."""
+        return self._moment(name, "exp_avg").shape
+
     def hyper(self, name: str) -> dict[str, float]:
         """See `Source.hyper`."""
         key = self._moment_key(name, "step")

@@ -12,6 +12,12 @@ from probe.checkpoints.dcp_index import dcp_parts, read_dcp_index
 from probe.checkpoints.dcp_keys import moment_keys
 from probe.checkpoints.deepspeed_files import find_deepspeed_files, is_deepspeed
 from probe.checkpoints.layout import check_archive, looks_like_huggingface, read_layout
+from probe.checkpoints.olmo_files import (
+    find_olmo_files,
+    has_moments,
+    is_olmo_unsharded,
+    read_olmo_header,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +44,7 @@ def looks_like_checkpoint(directory: Path) -> bool:
     return directory.is_dir() and (
         looks_like_huggingface(directory)
         or is_deepspeed(directory)
+        or is_olmo_unsharded(directory)
         or _is_olmo_core(directory)
         or bool(dcp_parts(directory))
         or _unfinished(directory)
@@ -57,9 +64,7 @@ def _huggingface(directory: Path) -> Found:
 def _deepspeed(directory: Path) -> Found:
     files = find_deepspeed_files(directory)
     # Every ZeRO optimizer of DeepSpeed's keeps moments; which ones is in pickles, not opened here.
-    return Found(
-        format="deepspeed", has_moments=True, size_bytes=files.size_bytes, step=files.step
-    )
+    return Found(format="deepspeed", has_moments=True, size_bytes=files.size_bytes, step=files.step)
 
 
 def _is_trainer(directory: Path) -> bool:
@@ -87,9 +92,33 @@ def _olmo_core(directory: Path) -> Found:
     return Found(format="olmo-core", has_moments=moments, size_bytes=index.size_bytes)
 
 
+def _olmo_unsharded(directory: Path) -> Found:
+    files = find_olmo_files(directory)
+    moments = files.optimizer is not None and has_moments(files.optimizer)
+    size = files.size_bytes
+    if files.model is None:  # Hugging Face weights, whose reader says what lacks
+        size += read_layout(directory).size_bytes
+    elif files.model.suffix == ".pt":
+        check_archive(files.model)
+    else:
+        read_olmo_header(files.model)
+    return Found(format="olmo-unsharded", has_moments=moments, size_bytes=size)
+
+
 def _is_dcp(directory: Path) -> bool:
     holds_weights = any(directory.glob("model*.safetensors"))
     return not holds_weights and (bool(dcp_parts(directory)) or _unfinished(directory))
+
+
+def _is_dcp_beside(directory: Path) -> bool:
+    return any(directory.glob("model*.safetensors")) and bool(dcp_parts(directory))
+
+
+def _dcp_beside(directory: Path) -> Found:
+    layout, index = read_layout(directory), read_dcp_index(directory, dcp_parts(directory))
+    size = layout.size_bytes + index.size_bytes
+    moments = bool(moment_keys(index))
+    return Found(format="safetensors+dcp", has_moments=moments, size_bytes=size)
 
 
 def _dcp(directory: Path) -> Found:
@@ -104,8 +133,10 @@ def _unfinished(directory: Path) -> bool:
 
 _FORMATS = (
     Format(is_deepspeed, _deepspeed, "probe.checkpoints.deepspeed"),
+    Format(is_olmo_unsharded, _olmo_unsharded, "probe.checkpoints.olmo_unsharded"),
     Format(_is_trainer, _trainer, "probe.checkpoints.trainer"),
     Format(_is_olmo_core, _olmo_core, "probe.checkpoints.olmo_core"),
     Format(_is_dcp, _dcp, "probe.checkpoints.dcp"),
+    Format(_is_dcp_beside, _dcp_beside, "probe.checkpoints.dcp_beside"),
     Format(lambda _: True, _huggingface, "probe.checkpoints.huggingface"),
 )

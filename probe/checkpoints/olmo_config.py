@@ -21,7 +21,7 @@ _NOT_COMPUTED = frozenset(
 )
 
 
-_SAME_FOR_ALL = {
+SAME_FOR_ALL = {
     "hidden_act": "silu",
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -97,7 +97,7 @@ class _Reader:
                 "rope_theta": float(self.number(rope, f"{mixer}.rope.theta")),
             },
             "rms_norm_eps": self.epsilon(norms),
-            **_SAME_FOR_ALL,
+            **SAME_FOR_ALL,
         }
 
     def sizes(self, model: dict[str, Any], attention: dict[str, Any], mixer: str) -> dict[str, Any]:
