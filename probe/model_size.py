@@ -56,5 +56,8 @@ def _header_shapes(file: Path) -> dict[str, list[int]]:
         size = int.from_bytes(stream.read(8), "little")
         if size > file.stat().st_size:  # a truncated or foreign file: its unit reports it
             return {}
-        header = json.loads(stream.read(size))
+        try:
+            header = json.loads(stream.read(size))
+        except ValueError:
+            return {}
     return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}

@@ -1,19 +1,17 @@
-"""The process that measures: `python -m probe.rank`.
-
-With `torchrun --nproc-per-node N -m probe.rank --spec FILE` the model is sharded over N ranks.
+"""The process that measures: `python -m probe.rank`, one of several where torchrun starts them.
 
 With `--socket` it is fed units by a worker over a unix socket, as JSON lines, and lives no longer
-than that worker. With `--spec` it measures a whole job by itself and prints the same events on
-stdout. Logs go to stderr.
+than that worker; each rank of a gang has a connection of its own and gets every message. With
+`--spec` it measures a whole job by itself and prints the same events on stdout. Logs go to stderr.
+Rank 0 speaks for all; of the others only `ready` and errors are heard.
 
     worker -> rank: job {spec} | unit {unit, eta_init} | stop
-    rank -> worker: ready {pid, device} | progress {unit_id, data} | result {unit_id, result}
-                    | error {unit_id, code, message, retryable, traceback}
+    rank -> worker: ready {pid, device, rank} | progress {unit_id, data} | result {unit_id, result}
+                    | error {unit_id, code, message, retryable, traceback, rank}
 """
 
 import argparse
 import ctypes
-import datetime as dt
 import json
 import logging
 import os
@@ -23,12 +21,21 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from probe.errors import ConfigError, ParallelismError, ProbeError
+from probe.errors import ConfigError, ProbeError
+from probe.parallel.join import (
+    has_joined,
+    join_ranks,
+    lost_contact_explained,
+    rank_number,
+    use_own_gpu,
+    wait_for_all,
+    world_size,
+)
+from probe.placement import backend_for
 from probe.plan import expand_units
 from probe.result import Unit, UnitResult, eta_init_hint
 from probe.spec_load import load_spec, parse_spec
@@ -39,7 +46,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 _ORPHAN_POLL_S = 1.0
-_COLLECTIVE_TIMEOUT = dt.timedelta(minutes=10)  # a rank may read a checkpoint while others wait
+COLLECTIVE_TIMEOUT_S = 600.0  # a rank may read a checkpoint while the others wait
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -64,42 +71,6 @@ def die_with_parent(parent: int) -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def _world_size() -> int:
-    """How many ranks torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def refuse_several_ranks() -> None:
-    """Fail where torchrun started more than one rank, which a worker does not feed.
-
-    Raises:
-        ParallelismError: WORLD_SIZE is above 1.
-    """
-    world_size = _world_size()
-    if world_size > 1:
-        raise ParallelismError(
-            f"WORLD_SIZE is {world_size}, but a worker feeds one rank per job. For a sharded "
-            "model run torchrun -m probe.rank --spec FILE."
-        )
-
-
-@contextmanager
-def joined_ranks() -> Iterator[int]:
-    """This process's rank among those torchrun started, in their process group; 0 when alone."""
-    if _world_size() == 1:
-        yield 0
-        return
-    import torch
-    import torch.distributed as dist
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT)
-    yield dist.get_rank()
-    dist.barrier()  # after an error there is none: this rank leaves, torchrun ends the others
-
-
 def error_event(error: BaseException, unit_id: str | None) -> dict[str, Any]:
     """Any exception as an `error` message; what is not ours has the code `internal_error`."""
     ours = isinstance(error, ProbeError)
@@ -110,14 +81,21 @@ def error_event(error: BaseException, unit_id: str | None) -> dict[str, Any]:
         "message": str(error) if ours else f"{type(error).__name__}: {error}",
         "retryable": error.retryable if isinstance(error, ProbeError) else False,
         "traceback": "".join(traceback.format_exception(error)),
+        "rank": rank_number(),
     }
 
 
 class Measurer:
-    """Runs units on one resident session and reports every event through `send`."""
+    """Runs units on one resident session and reports every event through `send`.
 
-    def __init__(self, send: Send) -> None:
+    Args:
+        send: Takes every event of this rank.
+        collective_timeout_s: Longest wait for other ranks in one exchange.
+    """
+
+    def __init__(self, send: Send, *, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> None:
         self._send = send
+        self._collective_timeout_s = collective_timeout_s
         self._session: Session | None = None
 
     def start_job(self, raw: Any) -> bool:
@@ -126,7 +104,10 @@ class Measurer:
         try:
             from probe.engine import Session
 
-            self._session = Session(parse_spec(raw))
+            spec = parse_spec(raw)
+            backend = backend_for(spec.parallel, world_size())
+            join_ranks(backend, spec.model.device, self._collective_timeout_s)
+            self._session = Session(spec)
         except Exception as error:
             self._send(error_event(error, None))
             return False
@@ -139,13 +120,14 @@ class Measurer:
             if self._session is None:
                 raise ConfigError("a unit came before its job was accepted")
             unit = Unit.model_validate(raw)
-            result = self._session.measure(
-                unit,
-                eta_init=eta_init,
-                on_progress=lambda data: self._send(
-                    {"type": "progress", "unit_id": unit_id, "data": data}
-                ),
-            )
+            with lost_contact_explained():
+                result = self._session.measure(
+                    unit,
+                    eta_init=eta_init,
+                    on_progress=lambda data: self._send(
+                        {"type": "progress", "unit_id": unit_id, "data": data}
+                    ),
+                )
         except (BrokenPipeError, ConnectionError):
             raise  # nobody is listening any more
         except Exception as error:
@@ -158,15 +140,31 @@ class Measurer:
 
 
 def ready_event() -> dict[str, Any]:
-    """What a rank says first: its process id and device."""
+    """What a rank says first: its process id, device and number."""
     from probe.engine import choose_device
     from probe.provenance import device_name
 
-    return {"type": "ready", "pid": os.getpid(), "device": device_name(choose_device("auto"))}
+    use_own_gpu()
+    device = device_name(choose_device("auto"))
+    return {"type": "ready", "pid": os.getpid(), "device": device, "rank": rank_number()}
 
 
-def serve_socket(path: str) -> int:
-    """Measure what a worker sends until it says stop or closes the socket. Returns 0."""
+def _of_this_rank(send: Send) -> Send:
+    """`send` as it is on rank 0; on the others for errors only."""
+
+    def send_own(message: dict[str, Any]) -> None:
+        if rank_number() == 0 or message["type"] == "error":
+            send(message)
+
+    return send_own
+
+
+def serve_socket(path: str, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> int:
+    """Measure what a worker sends until it says stop or closes the socket. Returns 0.
+
+    Between units every rank waits on its own connection, not on the others: a gang may be idle
+    for longer than an exchange between ranks may take.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(path)
         lines = connection.makefile("r", encoding="utf-8")
@@ -174,17 +172,12 @@ def serve_socket(path: str) -> int:
         def send(message: dict[str, Any]) -> None:
             connection.sendall((json.dumps(message) + "\n").encode())
 
-        try:
-            refuse_several_ranks()
-            send(ready_event())
-        except ProbeError as error:
-            send(error_event(error, None))
-            return 1
-        return _serve(lines, send)
+        send(ready_event())
+        return _serve(lines, _of_this_rank(send), collective_timeout_s)
 
 
-def _serve(lines: TextIO, send: Send) -> int:
-    measurer = Measurer(send)
+def _serve(lines: TextIO, send: Send, collective_timeout_s: float) -> int:
+    measurer = Measurer(send, collective_timeout_s=collective_timeout_s)
     try:
         for line in lines:
             message = json.loads(line)
@@ -202,38 +195,46 @@ def _serve(lines: TextIO, send: Send) -> int:
     return 0
 
 
-def run_spec(path: str, out: str | None, stream: TextIO) -> int:
+def run_spec(
+    path: str,
+    out: str | None,
+    stream: TextIO,
+    collective_timeout_s: float = COLLECTIVE_TIMEOUT_S,
+) -> int:
     """Measure a whole job without a server; events as JSON lines.
 
-    Under torchrun every rank calls this with the same job; rank 0 alone reports and writes. There
-    the first failed unit ends the run, since the ranks may no longer be at the same point.
+    Under torchrun every rank calls this with the same job. Rank 0 reports and writes, the others
+    report their errors; the first failed unit ends the run, since the ranks may no longer be at
+    the same point.
 
     Args:
         path: Job file.
         out: Where the results are written too, one JSON line each; None: nowhere.
         stream: Takes the events: units, ready, progress, result or error, and done at the end.
+        collective_timeout_s: Longest wait for other ranks in one exchange.
 
     Returns:
-        0 when every unit has a result, else 1. A failed unit does not stop the ones after it.
+        0 when every unit has a result, else 1. A failed unit of a single rank does not stop the
+        ones after it.
     """
-    rank = int(os.environ.get("RANK", "0"))
 
-    def send(message: dict[str, Any]) -> None:
-        if rank == 0:  # the others log to stderr
-            stream.write(json.dumps(message) + "\n")
-            stream.flush()
+    def write(message: dict[str, Any]) -> None:
+        stream.write(json.dumps(message) + "\n")
+        stream.flush()
 
+    send = _of_this_rank(write)
     num_failed = 0
     try:
         spec = load_spec(path)
         units = expand_units(spec)
         send({"type": "units", "units": [unit.model_dump(mode="json") for unit in units]})
         send(ready_event())
-        with joined_ranks():
-            raw = spec.model_dump(mode="json")
-            num_failed = _run_units(raw, units, out if rank == 0 else None, send)
-            if num_failed and _world_size() > 1:
-                raise ParallelismError(f"rank {rank} stops after a failed unit, and all with it.")
+        measurer = Measurer(send, collective_timeout_s=collective_timeout_s)
+        accepted = measurer.start_job(spec.model_dump(mode="json"))
+        own_out = out if rank_number() == 0 else None
+        num_failed = _run_units(measurer, units, own_out) if accepted else len(units)
+        if num_failed == 0:
+            wait_for_all()
     except ProbeError as error:
         send(error_event(error, None))
         num_failed = 1
@@ -241,18 +242,15 @@ def run_spec(path: str, out: str | None, stream: TextIO) -> int:
     return 1 if num_failed else 0
 
 
-def _run_units(spec: Any, units: list[Unit], out: str | None, send: Send) -> int:
+def _run_units(measurer: Measurer, units: list[Unit], out: str | None) -> int:
     """Measure units in order, each starting from the hint of the one before; count the failed."""
-    measurer = Measurer(send)
-    if not measurer.start_job(spec):
-        return len(units)
     num_failed = 0
     eta_init: dict[str, float] | None = None
     for unit in units:
         event = measurer.measure(unit.model_dump(mode="json"), eta_init)
         if event is None:
             num_failed += 1
-            if _world_size() > 1:
+            if world_size() > 1:
                 break
             continue
         # A unit without an answer leaves the guess of the one before it, as in a queued job.
@@ -270,6 +268,12 @@ def main(arguments: list[str] | None = None) -> int:
     mode.add_argument("--socket", help="unix socket of the worker that feeds units")
     mode.add_argument("--spec", help="job file to measure without a server")
     parser.add_argument("--out", help="with --spec: write results there too, as JSON lines")
+    parser.add_argument(
+        "--collective-timeout-s",
+        type=float,
+        default=COLLECTIVE_TIMEOUT_S,
+        help="longest wait for other ranks in one exchange (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
     die_with_parent(os.getppid())
@@ -281,17 +285,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     if options.socket is not None:
-        return serve_socket(options.socket)
+        return serve_socket(options.socket, options.collective_timeout_s)
     # Libraries print; only events may reach stdout.
     events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     with events:
-        return run_spec(options.spec, options.out, events)
+        return run_spec(options.spec, options.out, events, options.collective_timeout_s)
 
 
 if __name__ == "__main__":
     status = main()
-    if _world_size() > 1:  # gloo's threads can abort the process while Python shuts down
+    if has_joined():  # gloo's threads can abort the process while Python shuts down
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

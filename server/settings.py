@@ -88,6 +88,11 @@ class Settings(BaseSettings):
         gt=0,
         description="A gang that reports nothing for longer is ended, the unit retried.",
     )
+    collective_timeout_s: float = Field(
+        600.0,
+        gt=0,
+        description="A rank that waits longer for the others fails, and its unit is retried.",
+    )
     gang_start_s: float = Field(
         300.0, gt=0, description="Time a gang has from its start until it reports ready."
     )
@@ -98,8 +103,8 @@ class Settings(BaseSettings):
     )
     rank_command: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Command that starts the ranks of a gang, JSON list; `{socket}` is filled in. "
-        "Empty: torchrun with one rank of `probe.rank`.",
+        description="Command that starts the ranks of a gang, JSON list; `{socket}` and `{ranks}` "
+        "are filled in. Empty: torchrun with as many ranks of `probe.rank` as the job needs.",
     )
 
     @field_validator("roots", mode="before")

@@ -1,6 +1,7 @@
 """`probe run`: measure a job file here and now, without a server."""
 
 import json
+import os
 import subprocess
 import tempfile
 import threading
@@ -25,7 +26,8 @@ from clients.cli.conventions import (
 )
 from clients.cli.progress import ProgressDisplay, SeriesProgress
 from clients.cli.results import chart_format, check_writable, draw, results_document, write_file
-from probe.errors import ProbeError, error_class_for
+from probe.errors import ParallelismError, ProbeError, error_class_for
+from probe.launch import TORCHRUN, thread_environment, torchrun_arguments
 from probe.result import Plan, UnitResult
 from server.wire import ResultList
 
@@ -122,9 +124,11 @@ def _measure(planned: Plan, results: list[UnitResult], *, quiet: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="probe-run-") as scratch, display:
         job_file = Path(scratch) / "job.yaml"  # JSON is YAML; the overrides are in it
         job_file.write_text(json.dumps(planned.spec))
+        module, arguments = _ranks(planned.num_ranks, ["--spec", str(job_file)])
         child = start_child(
-            "probe.rank",
-            ["--spec", str(job_file)],
+            module,
+            arguments,
+            environment=thread_environment(planned.num_ranks, os.environ),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
@@ -139,9 +143,16 @@ def _measure(planned: Plan, results: list[UnitResult], *, quiet: bool) -> None:
             stop_children([child])
             log.close()
             child.stdout.close()
-        _raise_failures(failures, len(planned.units))
+        _raise_failures(failures, len(planned.units), planned.num_ranks)
         if not ended:
             raise CommandError(f"the measuring process ended with {_how(status)}\n{log.text()}")
+
+
+def _ranks(num_ranks: int, arguments: list[str]) -> tuple[str, list[str]]:
+    """Module and arguments that measure: a rank by itself, or torchrun with several."""
+    if num_ranks == 1:
+        return "probe.rank", arguments
+    return TORCHRUN, torchrun_arguments(num_ranks, *arguments)
 
 
 def _follow(
@@ -169,6 +180,7 @@ def _follow(
             display.unit_finished(index, result.summaries, result.stability_threshold)
         elif kind == "error":
             where = f"{event['unit_id']}: " if event.get("unit_id") else ""
+            where += f"rank {event['rank']}: " if event.get("rank") else ""
             failures.append(error_class_for(str(event.get("code")))(f"{where}{event['message']}"))
             progress.running.pop(index, None)
             display.remark(str(failures[-1]), "red")
@@ -177,8 +189,15 @@ def _follow(
     return False
 
 
-def _raise_failures(failures: list[ProbeError], num_units: int) -> None:
-    """Raise the first failure, its message saying how many units there were like it."""
+def _raise_failures(failures: list[ProbeError], num_units: int, num_ranks: int) -> None:
+    """Raise the first failure, its message saying how many units there were like it.
+
+    Of several ranks the first failed unit ends the run, and each tells its own error: the first
+    that is not of another rank's failure says why.
+    """
+    if num_ranks > 1:
+        own = [failure for failure in failures if not isinstance(failure, ParallelismError)]
+        failures = (own or failures)[:1]
     if len(failures) > 1:
         first = failures[0]
         raise type(first)(f"{len(failures)} of {num_units} units failed; the first: {first}")

@@ -1,17 +1,15 @@
 """One gang of ranks: a child process tree that measures the units of one job.
 
 The worker starts it, hands it the job's spec and then one unit at a time over a unix socket, as
-JSON lines, and ends it. Model and data stay in the ranks' memory between units. Whatever goes
-wrong in here ends the gang and nothing else.
+JSON lines, and ends it. Every rank has a connection of its own and gets every command; rank 0
+speaks for all, each for its own errors. Model and data stay in the ranks' memory between units.
+Whatever goes wrong in here ends the gang and nothing else.
 """
 
 import asyncio
 import contextlib
-import json
 import os
-import shutil
 import sys
-import tempfile
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -19,23 +17,20 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from probe.errors import UnitCrashedError
+from probe.errors import ParallelismError, UnitCrashedError
+from probe.launch import TORCHRUN, thread_environment, torchrun_arguments
 from probe.result import Unit, UnitResult
 from server.worker import tether
 from server.worker.processes import MARK, kill_marked
+from server.worker.rank_socket import Heard, RankSocket
 
 OnProgress = Callable[[dict[str, Any]], Awaitable[None]]
 
-# One rank; `--standalone` picks a free port, so that gangs do not meet.
-TORCHRUN = (
-    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"),
-    *("-m", "probe.rank", "--socket", "{socket}"),
-)
 WORKER_MARK = uuid.uuid4().hex  # of every gang this worker process starts
-_LINE_LIMIT = 256 * 2**20  # bytes of one message: a result with very many repeats
-_SOCKET_PATH_LIMIT = 100  # bytes; the kernel's limit is 107
 _TAIL_BYTES = 2000
 _EXIT_S = 5.0
+_LAST_WORDS_S = 1.0  # after the agent's end, for messages that are still on their way
+_VERDICT_S = 5.0  # after "another rank failed", for that rank's own error to arrive
 _SECRETS = ("PROBE_API_KEYS", "PROBE_DATABASE_URL")
 
 
@@ -56,65 +51,60 @@ class Gang:
         self,
         *,
         log_path: Path,
+        num_ranks: int = 1,
         command: Sequence[str] = (),
         start_s: float = 300.0,
         no_progress_s: float = 1800.0,
+        collective_timeout_s: float = 600.0,
     ) -> None:
         """Nothing is started yet.
 
         Args:
             log_path: Standard output and error of all ranks are added to it.
-            command: What to start; `{socket}` is filled in. Empty: torchrun with one rank.
+            num_ranks: Processes that share the model.
+            command: What to start; `{socket}` and `{ranks}` are filled in. Empty: torchrun.
             start_s: Seconds until the ranks must have reported.
             no_progress_s: Seconds a unit may pass without any message.
+            collective_timeout_s: Seconds one rank waits for the others in one exchange; for the
+                default command.
         """
         self.device = ""
-        self._command = tuple(command) or TORCHRUN
+        self.num_ranks = num_ranks
+        self._command = tuple(command) or _default_command(num_ranks, collective_timeout_s)
         self._log_path = log_path
         self._start_s = start_s
         self._no_progress_s = no_progress_s
         self._mark = f"{WORKER_MARK}.{uuid.uuid4().hex}"
-        self._directory: Path | None = None
-        self._server: asyncio.Server | None = None
+        self._socket = RankSocket()
         self._agent: asyncio.subprocess.Process | None = None
         self._exited: asyncio.Task[int] | None = None
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
 
     async def start(self, spec: dict[str, Any]) -> None:
-        """Start the ranks, wait until they report, and give them the job's spec.
+        """Start the ranks, wait until all have reported, and give them the job's spec.
 
         Raises:
-            UnitFailedError: They ended or did not report in time.
+            UnitFailedError: They ended, failed or did not report in time.
         """
-        self._directory = _socket_directory()
-        path = self._directory / "s"
-        connected: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            if connected.done():
-                writer.close()
-                return
-            self._reader, self._writer = reader, writer
-            connected.set_result(None)
-
-        self._server = await asyncio.start_unix_server(accept, path, limit=_LINE_LIMIT)
-        await self._spawn(path)
-        assert self._exited is not None
+        await self._spawn(await self._socket.listen())
+        ready: set[int | None] = set()
         try:
             async with asyncio.timeout(self._start_s):
-                await _first(connected, self._exited)
-                ready = await self._receive(self._start_s) if connected.done() else None
+                while len(ready) < self.num_ranks:
+                    heard = await self._hear()
+                    if heard.message is None or heard.kind != "ready":
+                        raise await self._failure(heard, "before all ranks reported")
+                    ready.add(heard.rank)
+                    if heard.rank == 0:
+                        self.device = str(heard.message.get("device", ""))
         except TimeoutError:
-            late = f"the ranks did not report within {self._start_s:g} s"
+            late = f"{len(ready)} of {self.num_ranks} ranks reported within {self._start_s:g} s"
             raise await self._crashed(late) from None
-        if ready is None or ready["type"] != "ready":
-            raise await self._crashed("the ranks ended before they reported")
-        self.device = str(ready.get("device", ""))
         await self._send({"type": "job", "spec": spec})
 
     async def _spawn(self, path: Path) -> None:
-        command = [part.replace("{socket}", str(path)) for part in self._command]
+        values = {"{socket}": str(path), "{ranks}": str(self.num_ranks)}
+        command = [_filled_in(part, values) for part in self._command]
+        environment = _environment()
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         with self._log_path.open("ab") as log:
             # A session of its own: Ctrl-C in the terminal is for the worker, which then ends
@@ -126,7 +116,9 @@ class Gang:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env=_environment() | {MARK: self._mark, "PYTHONUNBUFFERED": "1"},
+                env=environment
+                | thread_environment(self.num_ranks, environment)
+                | {MARK: self._mark, "PYTHONUNBUFFERED": "1"},
             )
         self._exited = asyncio.create_task(self._agent.wait())
 
@@ -141,7 +133,8 @@ class Gang:
         await self._send({"type": "unit", "unit": unit.model_dump(), "eta_init": eta_init})
         while True:
             try:
-                message = await self._receive(self._no_progress_s)
+                async with asyncio.timeout(self._no_progress_s):
+                    heard = await self._hear()
             except TimeoutError:
                 raise UnitFailedError(
                     "unit_stalled",
@@ -149,13 +142,14 @@ class Gang:
                     f"{self._no_progress_s:g} s; see {self._log_path}",
                     retryable=True,
                 ) from None
-            if message["type"] == "error":
-                raise _reported(message)
+            message = heard.message
+            if message is None or heard.kind == "error":
+                raise await self._failure(heard, "without a result")
             if message.get("unit_id") != unit.unit_id:
                 continue
-            if message["type"] == "progress":
+            if heard.kind == "progress":
                 await on_progress(message["data"])
-            elif message["type"] == "result":
+            elif heard.kind == "result":
                 return _result(message, unit)
 
     async def stop(self) -> None:
@@ -168,49 +162,61 @@ class Gang:
 
     def kill(self) -> None:
         """End the gang now. Does not wait for the event loop, so a cancel cannot cut it short."""
-        if self._writer is not None:
-            self._writer.transport.abort()
-        if self._server is not None:
-            self._server.close()
+        self._socket.close()
         if self._agent is not None:
             with contextlib.suppress(ProcessLookupError):
                 # Without /proc the agent's own shutdown has to reach the ranks.
                 self._agent.terminate()
             kill_marked(self._mark)
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
 
     async def _send(self, message: dict[str, Any]) -> None:
-        assert self._writer is not None
-        self._writer.write(json.dumps(message).encode() + b"\n")
         try:
-            await self._writer.drain()
+            await self._socket.send(message)
         except OSError:
             raise await self._crashed("the ranks closed the connection") from None
 
-    async def _receive(self, timeout_s: float) -> dict[str, Any]:
-        """The next message.
-
-        Raises:
-            TimeoutError: None came within `timeout_s`.
-            UnitFailedError: The ranks are gone, or do not speak the protocol.
-        """
-        assert self._reader is not None
+    async def _hear(self) -> Heard:
+        """The next message of a rank, or its end; the agent's end where no rank says more."""
         assert self._exited is not None
-        reading = asyncio.create_task(self._reader.readline())
+        hearing = asyncio.create_task(self._socket.receive())
         try:
-            async with asyncio.timeout(timeout_s):
-                await _first(reading, self._exited)
-            message = json.loads(reading.result()) if reading.done() else {}
-        except TimeoutError:
-            raise
-        except (OSError, ValueError) as error:
-            raise await self._crashed(f"the ranks ended without a result ({error})") from error
+            await asyncio.wait((hearing, self._exited), return_when=asyncio.FIRST_COMPLETED)
+            if not hearing.done():  # what the ranks said last is still on its way
+                await asyncio.wait((hearing,), timeout=_LAST_WORDS_S)
+            return hearing.result() if hearing.done() else Heard(None, None)
         finally:
-            reading.cancel()
-        if "type" not in message:
-            raise await self._crashed("the ranks ended without a result")
-        return dict(message)
+            hearing.cancel()
+
+    async def _failure(self, first: Heard, when: str) -> UnitFailedError:
+        """What a gang failed of: the first reason that is not another rank's failure.
+
+        A rank that ended without a word is a reason of its own. Ranks that only noticed wait for
+        it; where all have only noticed (a time-out), the first one's error counts.
+        """
+        chosen, seen = first, {first.rank}
+        try:
+            async with asyncio.timeout(_VERDICT_S):
+                while not _is_own_reason(chosen) and len(seen) < self.num_ranks:
+                    following = await self._hear()
+                    if following.kind not in ("error", "end") or following.rank in seen:
+                        continue
+                    seen.add(following.rank)
+                    chosen = following if _is_own_reason(following) else chosen
+        except TimeoutError:
+            pass  # the others hang
+        if chosen.message is not None:
+            return self._reported(chosen.message)
+        which = "the ranks" if self.num_ranks == 1 or chosen.rank is None else f"rank {chosen.rank}"
+        detail = f" ({chosen.ending})" if chosen.ending else ""
+        return await self._crashed(f"{which} ended {when}{detail}")
+
+    def _reported(self, message: dict[str, Any]) -> UnitFailedError:
+        rank = f"rank {message.get('rank', 0)}: " if self.num_ranks > 1 else ""
+        return UnitFailedError(
+            str(message["code"]),
+            f"{rank}{message['message']}",
+            retryable=bool(message["retryable"]),
+        )
 
     async def _crashed(self, what: str) -> UnitFailedError:
         """The error for a lost gang, with what its log says last."""
@@ -229,14 +235,19 @@ def _environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in _SECRETS} | {"PYTHONSAFEPATH": "1"}
 
 
-async def _first(*futures: asyncio.Future[Any]) -> None:
-    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+def _default_command(num_ranks: int, collective_timeout_s: float) -> tuple[str, ...]:
+    options = ("--socket", "{socket}", "--collective-timeout-s", f"{collective_timeout_s:g}")
+    return (sys.executable, "-m", TORCHRUN, *torchrun_arguments(num_ranks, *options))
 
 
-def _reported(message: dict[str, Any]) -> UnitFailedError:
-    return UnitFailedError(
-        str(message["code"]), str(message["message"]), retryable=bool(message["retryable"])
-    )
+def _filled_in(part: str, values: dict[str, str]) -> str:
+    for name, value in values.items():
+        part = part.replace(name, value)
+    return part
+
+
+def _is_own_reason(heard: Heard) -> bool:
+    return heard.message is None or heard.message.get("code") != ParallelismError.code
 
 
 def _result(message: dict[str, Any], unit: Unit) -> UnitResult:
@@ -260,11 +271,3 @@ def _tail(path: Path) -> str:
         log.seek(0, os.SEEK_END)
         log.seek(max(0, log.tell() - _TAIL_BYTES))
         return log.read().decode(errors="replace").strip() or "(nothing)"
-
-
-def _socket_directory() -> Path:
-    directory = Path(tempfile.mkdtemp(prefix="probe-"))  # readable by this user only
-    if len(os.fsencode(directory / "s")) <= _SOCKET_PATH_LIMIT:
-        return directory
-    directory.rmdir()
-    return Path(tempfile.mkdtemp(prefix="probe-", dir="/tmp"))

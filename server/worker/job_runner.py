@@ -16,7 +16,12 @@ from typing import Any, ParamSpec, TypeVar
 from dbos import DBOS
 from sqlalchemy.exc import DBAPIError, OperationalError
 
+from probe.errors import ProbeError
+from probe.model_size import model_size
+from probe.placement import fixed_num_ranks, place
 from probe.result import Plan, Unit, UnitResult, eta_init_hint
+from probe.spec import ParallelOptions
+from probe.spec_load import parse_spec
 from server import queue
 from server.settings import Settings
 from server.store import SqlStore
@@ -173,14 +178,17 @@ class JobRunner:
 
     async def _start_gang(self, job_id: str) -> Gang:
         settings = self._settings
+        plan = self._plans[job_id]
         gang = Gang(
             log_path=settings.data_dir / "logs" / f"{job_id}.log",
+            num_ranks=await asyncio.to_thread(_num_ranks, plan),
             command=settings.rank_command,
             start_s=settings.gang_start_s,
             no_progress_s=settings.unit_no_progress_s,
+            collective_timeout_s=settings.collective_timeout_s,
         )
         self._gangs[job_id] = gang
-        await gang.start(self._plans[job_id].spec)
+        await gang.start(plan.spec)
         self.device = gang.device
         return gang
 
@@ -207,3 +215,19 @@ class JobRunner:
                     raise
                 logger.warning("the database does not answer, trying again: %s", error)
                 await asyncio.sleep(_DATABASE_RETRY_S)
+
+
+def _num_ranks(plan: Plan) -> int:
+    """Processes the job gets on this machine: as many as its spec says, else as place() finds.
+
+    Raises:
+        UnitFailedError: The spec was stored by a program that knew other fields.
+    """
+    parallel = ParallelOptions.model_validate(plan.spec.get("parallel") or {})
+    fixed = fixed_num_ranks(parallel)
+    if fixed is not None:
+        return fixed
+    try:
+        return place(parse_spec(plan.spec), model_size(plan.units[0].checkpoint)).num_ranks
+    except ProbeError as error:
+        raise UnitFailedError(error.code, str(error), retryable=error.retryable) from error

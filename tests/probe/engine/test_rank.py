@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from probe.engine import Session
-from probe.errors import CheckpointUnavailableError, ParallelismError
+from probe.errors import CheckpointUnavailableError
 from probe.plan import expand_units
-from probe.rank import Measurer, _run_units, error_event, refuse_several_ranks
+from probe.rank import Measurer, _run_units, error_event
 from probe.result import CheckpointRef, Unit, UnitResult, eta_init_hint
 from probe.spec_load import parse_spec
 
@@ -101,7 +101,7 @@ def test_a_rank_measures_what_it_is_sent_and_survives_bad_units(worker, series):
     units = [unit.model_dump(mode="json") for unit in expand_units(spec)]
     rank = worker.start()
     ready = worker.next()
-    assert ready == {"type": "ready", "pid": rank.pid, "device": "cpu (1 threads)"}
+    assert ready == {"type": "ready", "pid": rank.pid, "device": "cpu (1 threads)", "rank": 0}
 
     worker.send(type="unit", unit=units[0], eta_init=None)
     early, _ = worker.answer()
@@ -171,20 +171,38 @@ def test_a_rank_does_not_outlive_a_killed_parent(worker):
 
 
 @pytest.mark.slow
-def test_several_ranks_are_refused_over_the_socket(worker):
-    rank = worker.start(WORLD_SIZE="2")
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "says"),
+    [
+        ("2", {"ranks": 1}, "ranks is 1, but 2 were started"),
+        ("2", {"backend": "single"}, "backend is single, but 2 were started"),
+        ("1", {"ranks": 2}, "ranks is 2, but 1 was started"),
+    ],
+)
+def test_another_number_of_ranks_than_the_job_s_is_refused(
+    worker, series, world_size, parallel, says
+):
+    rank = worker.start(WORLD_SIZE=world_size, RANK="0")
+    assert worker.next()["type"] == "ready"
+    worker.send(type="job", spec=series.spec(parallel=parallel))
     message = worker.next()
-    assert (message["type"], message["code"]) == ("error", "parallelism_error")
-    assert "WORLD_SIZE is 2" in message["message"]
-    assert rank.wait(DEADLINE_S) == 1
+    assert (message["type"], message["code"]) == ("error", "config_error")
+    assert says in message["message"]
+    worker.send(type="stop")
+    assert rank.wait(DEADLINE_S) == 0
 
 
-def test_world_size_one_is_fine(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    refuse_several_ranks()
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ParallelismError):
-        refuse_several_ranks()
+@pytest.mark.slow
+def test_only_the_first_rank_speaks_but_for_errors(worker, series):
+    """No other ranks are there: what a rank says does not depend on them before the job."""
+    rank = worker.start(WORLD_SIZE="2", RANK="1")
+    ready = worker.next()
+    assert (ready["type"], ready["rank"]) == ("ready", 1)
+    worker.send(type="job", spec={"kind": "nonsense"})
+    message = worker.next()
+    assert (message["type"], message["rank"]) == ("error", 1)
+    worker.send(type="stop")
+    assert rank.wait(DEADLINE_S) == 0
 
 
 def test_errors_carry_code_and_whether_to_try_again():
@@ -232,11 +250,10 @@ def test_the_guess_outlives_a_unit_without_an_answer(monkeypatch):
         guesses.append(eta_init)
         return {"result": raw["unit_id"]}
 
-    monkeypatch.setattr(Measurer, "start_job", lambda _self, _spec: True)
     monkeypatch.setattr(Measurer, "measure", measure)
     monkeypatch.setattr("probe.rank.UnitResult.model_validate", lambda unit_id: unit_id)
     monkeypatch.setattr("probe.rank.eta_init_hint", hints.get)
-    assert _run_units({}, units, None, lambda _message: None) == 0
+    assert _run_units(Measurer(lambda _message: None), units, None) == 0
     assert guesses == [None, {"update": 0.5}, {"update": 0.5}]
 
 

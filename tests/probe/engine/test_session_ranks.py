@@ -118,5 +118,6 @@ def test_a_failed_unit_ends_all_ranks(series, tmp_path):
     done = torchrun(tmp_path, spec)
     assert done.returncode != 0
     errors = [json.loads(line) for line in done.stdout.splitlines() if '"error"' in line]
-    assert errors[0]["code"] == "config_error"
-    assert errors[-1]["code"] == "parallelism_error"
+    # Each rank tells its own; the first to end has torchrun end the other, perhaps before its word.
+    assert {error["code"] for error in errors} == {"config_error"}
+    assert len({error["rank"] for error in errors}) == len(errors) in (1, 2)

@@ -38,7 +38,12 @@ def _unit(index: int) -> Unit:
 
 
 def _plan(
-    num_units: int = 3, *, labels: dict[str, str] | None = None, device: str = "auto", **spec: Any
+    num_units: int = 3,
+    *,
+    labels: dict[str, str] | None = None,
+    device: str = "auto",
+    ranks: int = 1,
+    **spec: Any,
 ) -> Plan:
     return Plan(
         kind="checkpoint_series",
@@ -47,6 +52,7 @@ def _plan(
             "name": "a series",
             "labels": labels or {},
             "model": {"device": device},
+            "parallel": {"ranks": ranks},
             **spec,
         },
         spec_sha256="0" * 64,

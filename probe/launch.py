@@ -1,0 +1,28 @@
+"""How the ranks of one machine are started: by torchrun, also where there is only one."""
+
+import os
+from collections.abc import Mapping
+
+TORCHRUN = "torch.distributed.run"
+
+
+def torchrun_arguments(num_ranks: int, *arguments: str) -> list[str]:
+    """What `python -m torch.distributed.run` needs to start `probe.rank` so many times.
+
+    Args:
+        num_ranks: Processes.
+        arguments: Of each `probe.rank`.
+    """
+    # --standalone picks a free port, so that gangs do not meet.
+    agent = ["--standalone", f"--nproc-per-node={num_ranks}", "-m", "probe.rank"]
+    return [*agent, *arguments]
+
+
+def thread_environment(num_ranks: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that divide the cores among the ranks, where the user has not done it.
+
+    torchrun itself gives each of several ranks one thread.
+    """
+    if num_ranks == 1 or "OMP_NUM_THREADS" in environment:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks))}
