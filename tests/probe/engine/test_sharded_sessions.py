@@ -1,0 +1,138 @@
+"""Whole sessions on two ranks, every back-end from every kind of source, against one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf_file import write_gguf
+from series_formats import write_dcp, write_olmo_core, write_trainer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from probe.engine import Session
+from probe.errors import ParallelismError
+from probe.plan import expand_units
+from probe.spec_load import parse_spec
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:gguf"),
+]
+
+ROOT = Path(__file__).resolve().parents[3]
+RANKS = Path(__file__).with_name("session_ranks.py")
+TIMEOUT_S = 200
+WORLD_SIZE = 2
+CASES = {  # name -> back-end, source, changes
+    "deepspeed hf": ("deepspeed", "hf", {}),
+    "deepspeed hf bf16": ("deepspeed", "hf", {"model__dtype": "bfloat16"}),
+    "deepspeed hf warmup": ("deepspeed", "hf", {"optimizer__moments": "warmup"}),
+    "deepspeed dcp": ("deepspeed", "dcp", {}),
+    "deepspeed olmo-core": ("deepspeed", "olmo-core", {}),
+    "fsdp2 dcp": ("fsdp2", "dcp", {}),
+    "fsdp2 olmo-core": ("fsdp2", "olmo-core", {}),
+    "fsdp2 trainer": ("fsdp2", "trainer", {}),
+    "fsdp2 gguf": ("fsdp2", "gguf", {}),
+}
+
+
+def gguf(root: Path) -> dict[str, Any]:
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=36,
+        intermediate_size=31,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        rms_norm_eps=1e-5,
+    )
+    write_gguf(root / "llama.gguf", LlamaForCausalLM(config))
+    return {"source": "gguf", "path": str(root / "llama.gguf")}
+
+
+@pytest.fixture(scope="module")
+def specs(series, tmp_path_factory) -> dict[str, dict[str, Any]]:
+    """By case; five sequences by two, so that one rank has a micro-batch more."""
+    root = tmp_path_factory.mktemp("formats")
+    for name in ("dcp", "olmo-core", "trainer"):
+        (root / name).mkdir()
+    sources = {
+        "hf": {"source": "local", "path": str(series.directory / "step-*")},
+        "dcp": write_dcp(series, root / "dcp"),
+        "olmo-core": write_olmo_core(series, root / "olmo-core"),
+        "trainer": write_trainer(series, root / "trainer"),
+        "gguf": gguf(root),
+    }
+    found = {}
+    for name, (backend, source, changes) in CASES.items():
+        raw = series.spec(checkpoints=sources[source], batches__batch_sequences=5, **changes)
+        raw["measurement"] = {"loss_batch": "update", "repeats": 1}
+        raw["parallel"] = {"backend": backend}
+        raw.setdefault("model", {})["tokenizer"] = str(series.directory / "step-4")
+        found[name] = raw
+    return found
+
+
+@pytest.fixture(scope="module")
+def by_rank(specs, tmp_path_factory) -> list[dict[str, Any]]:
+    """Results of every rank by case: one launch for all."""
+    root = tmp_path_factory.mktemp("session")
+    (root / "specs.json").write_text(json.dumps(list(specs.values())))
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(RANKS), str(root / "specs.json"), str(rank), str(WORLD_SIZE)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(WORLD_SIZE)
+    ]
+    try:
+        outputs = [child.communicate(timeout=TIMEOUT_S) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    assert [child.returncode for child in children] == [0] * WORLD_SIZE, outputs
+    assert [printed for printed, _ in outputs] == [""] * WORLD_SIZE
+    files = [root / f"results-{rank}.json" for rank in range(WORLD_SIZE)]
+    return [dict(zip(specs, json.loads(f.read_text()), strict=True)) for f in files]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_measure_what_one_process_does(specs, by_rank, case):
+    backend, source, _ = CASES[case]
+    spec = parse_spec({**specs[case], "parallel": {"backend": "single"}})
+    session = Session(spec)
+    units = expand_units(spec)[:2]
+    assert len(units) == (1 if source == "gguf" else 2)
+    for index, unit in enumerate(units):
+        truth = session.measure(unit).model_dump(mode="json")
+        first, second = (rank[case][index] for rank in by_rank)
+        assert first["provenance"]["backend"] == backend
+        assert first["provenance"]["num_ranks"] == WORLD_SIZE
+        for key in ("dtype", "head_path", "num_parameters", "moments"):
+            assert first["provenance"][key] == truth["provenance"][key], key
+        assert first["num_forward_passes"] == truth["num_forward_passes"]
+        [found], [again], [expected] = (r["measurements"] for r in (first, second, truth))
+        assert {**found, "duration_s": 0} == {**again, "duration_s": 0}
+        assert found["outcome"] == expected["outcome"] == "converged"
+        for key in ("loss_at_zero", "loss_resolution", "loss_batch_sha256"):
+            assert found[key] == expected[key], key
+        # Gradients differ by the order in which micro-batches are added in fp32.
+        for key in ("eta_c", "eta_lower", "eta_upper", "slope"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-5), key
+
+
+@pytest.mark.parametrize("backend", ["fsdp2", "deepspeed"])
+def test_a_sharded_back_end_wants_its_ranks_started(specs, backend):
+    spec = parse_spec({**specs["deepspeed hf"], "parallel": {"backend": backend}})
+    with pytest.raises(ParallelismError, match="torchrun"):
+        Session(spec).measure(expand_units(spec)[0])
