@@ -1,17 +1,16 @@
 """A GGUF file as a `Source`: weights only, dequantised to fp32 through transformers.
 
-What is measured is the dequantised model. `.gguf.gz` is unpacked once into the user's cache.
+What is measured is the dequantised model. `.gguf.gz` is unpacked once into `probe.disk_cache`.
 """
 
 import gzip
-import hashlib
 import os
 import shutil
 import tempfile
 import zlib
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from probe.checkpoints.assemble import skeleton
 from probe.checkpoints.huggingface import load_causal_lm, load_tokenizer
 from probe.checkpoints.source import TensorKind
+from probe.disk_cache import Entry, hold, make_room, only_one
 from probe.errors import CheckpointError
 from probe.result import CheckpointRef
 
@@ -47,7 +47,8 @@ class GgufSource:
         asked = Path(ref.location).expanduser()
         if not asked.is_file():
             raise CheckpointError(f"{asked}: no such file")
-        self.path = unpacked(asked) if asked.name.lower().endswith(".gz") else asked
+        self._unpacked = unpacked(asked) if asked.name.lower().endswith(".gz") else None
+        self.path = asked if self._unpacked is None else self._unpacked.path
         with self.path.open("rb") as stream:
             found = stream.read(len(MAGIC))
         if found != MAGIC:
@@ -163,34 +164,54 @@ class GgufSource:
         return reader, places, processor, mapping
 
 
-def unpacked(path: Path) -> Path:
+class Unpacked(NamedTuple):
+    """A plain file in the cache, kept there while `entry` lives."""
+
+    path: Path
+    entry: Entry
+
+
+def unpacked(path: Path) -> Unpacked:
     """The plain file inside a .gguf.gz, in the cache; unpacked when not there yet.
 
-    The cache is $XDG_CACHE_HOME/sharpness-probe/gguf (~/.cache by default), keyed by the
-    packed file's path, size and time of change, so a changed file is unpacked again. The file
-    appears under its name only when it is complete.
+    It is keyed by the packed file's path, size and time of change, so a changed file is unpacked
+    again; it appears under its name only when it is complete.
 
     Raises:
-        CheckpointError: The packing is broken, or the cache cannot be written.
+        CheckpointError: The packing is broken, or the cache cannot be written or is full.
     """
     status = path.stat()
-    key = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "sharpness-probe" / "gguf" / hashlib.sha256(key.encode()).hexdigest()[:24]
-    target = folder / path.name.removesuffix(path.suffix)
-    if target.is_file():
-        return target
+    entry = hold("gguf", f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}")
+    target = entry.directory / path.name.removesuffix(path.suffix)
+    with only_one(str(target)):
+        if not target.is_file():
+            make_room(_size_when_unpacked(path, status.st_size))
+            _unpack(path, target)
+    return Unpacked(target, entry)
+
+
+def _unpack(path: Path, target: Path) -> None:
     partial: Path | None = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=folder, suffix=".partial")
+        descriptor, name = tempfile.mkstemp(dir=target.parent, suffix=".partial")
         partial = Path(name)
         with os.fdopen(descriptor, "wb") as out, gzip.open(path, "rb") as packed:
             shutil.copyfileobj(packed, out, 1 << 20)
         partial.replace(target)
     except (OSError, EOFError, zlib.error) as error:
-        raise CheckpointError(f"{path}: cannot be unpacked into {folder}: {error}") from error
+        raise CheckpointError(
+            f"{path}: cannot be unpacked into {target.parent}: {error}"
+        ) from error
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)
-    return target
+
+
+def _size_when_unpacked(path: Path, packed_bytes: int) -> int:
+    """What gzip says at its end: the size modulo 4 GiB, and at least the packed one."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, packed_bytes - 4))
+        size = int.from_bytes(stream.read(4), "little")
+    while size < packed_bytes:
+        size += 1 << 32
+    return size

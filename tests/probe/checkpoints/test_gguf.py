@@ -81,11 +81,11 @@ def test_the_model_is_a_plain_one(file, tmp_path):
 def test_packed_files_are_unpacked_once_and_again_when_changed(file, llama, tmp_path):
     packed = tmp_path / "m.gguf.gz"
     packed.write_bytes(gzip.compress(file.read_bytes()))
-    first = unpacked(packed)
+    first = unpacked(packed).path
     assert first.read_bytes() == file.read_bytes()
     assert first.name == "m.gguf"
     inode = first.stat().st_ino
-    assert unpacked(packed).stat().st_ino == inode
+    assert unpacked(packed).path.stat().st_ino == inode
     assert [path.name for path in first.parent.iterdir()] == ["m.gguf"]
     source = open_file(packed)
     assert source.ref.location == str(packed)
@@ -93,7 +93,7 @@ def test_packed_files_are_unpacked_once_and_again_when_changed(file, llama, tmp_
         source.load_model(torch.float32, "sdpa").lm_head.weight, llama.lm_head.weight
     )
     os.utime(packed, ns=(1, 1))
-    assert unpacked(packed) != first
+    assert unpacked(packed).path != first
 
 
 def test_broken_packing_leaves_nothing_behind(file, tmp_path):
@@ -101,7 +101,24 @@ def test_broken_packing_leaves_nothing_behind(file, tmp_path):
     packed.write_bytes(gzip.compress(file.read_bytes())[:-100])
     with pytest.raises(CheckpointError, match="cannot be unpacked"):
         open_file(packed)
-    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+    kept = (tmp_path / "cache" / "sharpness-probe" / "gguf").rglob("*")
+    assert [path for path in kept if path.is_file()] == []
+
+
+def test_what_is_unpacked_keeps_the_caches_limit(file, tmp_path, monkeypatch):
+    size = file.stat().st_size
+    monkeypatch.setenv("PROBE_CACHE_LIMIT", str(size * 3 // 2))
+    packed = [tmp_path / "a.gguf.gz", tmp_path / "b.gguf.gz"]
+    for path in packed:
+        path.write_bytes(gzip.compress(file.read_bytes()))
+    first = open_file(packed[0])
+    with pytest.raises(CheckpointError, match="do not fit"):
+        open_file(packed[1])
+    assert first.path.is_file()
+    place = first.path
+    del first
+    assert open_file(packed[1]).path.is_file()
+    assert not place.exists()
 
 
 def test_no_moments_and_says_so(file):
