@@ -33,7 +33,9 @@ class CheckpointRef(_Result):
         False, description="`num_tokens` is from a name such as tokens3896B, which rounds it."
     )
     format: str | None = Field(
-        None, description="safetensors, safetensors-index, trainer, dcp, olmo-core or gguf."
+        None,
+        description="safetensors, safetensors-index, trainer, dcp, safetensors+dcp, deepspeed, "
+        "olmo-core, olmo-unsharded or gguf.",
     )
     has_moments: bool | None = Field(None, description="AdamW moments present; None: not known.")
     moments_url: str | None = Field(

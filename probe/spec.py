@@ -18,7 +18,7 @@ class SpecModel(BaseModel):
 
 
 class LocalCheckpoints(SpecModel):
-    """Directories on this machine: safetensors, HF Trainer, torch DCP or OLMo-core."""
+    """Directories on this machine: safetensors, Trainer, torch DCP, DeepSpeed, OLMo-core, OLMo."""
 
     source: Literal["local"] = "local"
     path: str = Field(
@@ -32,7 +32,7 @@ class LocalCheckpoints(SpecModel):
         None,
         min_length=1,
         description="Hugging Face config.json (or a directory with one) of the model, for torch "
-        "DCP directories that hold none.",
+        "DCP and DeepSpeed directories that hold none.",
     )
     every: int = Field(1, ge=1, description="Take every k-th checkpoint of the sorted series.")
     first_step: int | None = Field(None, ge=0, description="Leave out checkpoints before it.")

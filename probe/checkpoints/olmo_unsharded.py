@@ -77,10 +77,10 @@ def open_moments(directory: Path) -> "OlmoMoments":
 
     Cost: reads the header of optim.safetensors; unpickles the structure of an optim.pt.
     """
-    path = find_olmo_files(directory).optimizer
-    if path is None:
-        raise CheckpointError(f"{directory}: no optim.safetensors or optim.pt of OLMo")
-    return OlmoMoments(path)
+    for name in ("optim.safetensors", "optim.pt"):
+        if (directory / name).is_file():
+            return OlmoMoments(directory / name)
+    raise CheckpointError(f"{directory}: no optim.safetensors or optim.pt of OLMo")
 
 
 @dataclass(frozen=True, slots=True)

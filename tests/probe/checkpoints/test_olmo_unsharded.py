@@ -522,7 +522,12 @@ def test_the_optimizer_s_state_alone_is_no_checkpoint(trained, tmp_path):
         listed(run)
     with pytest.raises(CheckpointError, match="no weights; expected"):
         open_run(run)
+    (run / "config.yaml").unlink()
     assert open_moments(run).has_moments
+    optimizer = run / "optim.safetensors"
+    optimizer.write_bytes(optimizer.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=r"optim\.safetensors: found .*truncated"):
+        open_moments(run)
     with pytest.raises(CheckpointError, match=r"no optim\.safetensors or optim\.pt"):
         open_moments(tmp_path)
 
