@@ -10,9 +10,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from probe.checkpoints.published import SaysWhereFrom
 from probe.checkpoints.source import Source
 from probe.errors import CheckpointError
 from probe.parallel import Shard
+from probe.parallel.collectives import gather_floats
+from probe.parallel.resident import num_ranks
 from probe.result import MomentsSource
 from probe.spec import AdamW
 
@@ -50,10 +53,9 @@ class CheckpointMoments:
 
     def __init__(self, checkpoint: Source, shards: Sequence[Shard], *, label: str) -> None:
         if not checkpoint.has_moments:
-            raise CheckpointError(
-                f"adamw direction needs exp_avg_sq for {shards[0].name!r}; checkpoint {label} has "
-                "none. Use optimizer.moments: warmup, or a checkpoint saved with optimizer state."
-            )
+            raise _none_there(checkpoint, shards[0].name, label)
+        origin = checkpoint.moments_origin if isinstance(checkpoint, SaysWhereFrom) else None
+        self._origin = origin or "the checkpoint"
         self._checkpoint = checkpoint
         self._shards = shards
         self._steps = [int(checkpoint.hyper(shard.name)["step"]) for shard in shards]
@@ -84,7 +86,7 @@ class CheckpointMoments:
         """Names the optimizer step the state was saved at."""
         steps = sorted(set(self._steps))
         shown = str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
-        return f"Read from the checkpoint, saved at optimizer step {shown}."
+        return f"Read from {self._origin}, saved at optimizer step {shown}."
 
 
 class WarmupMoments:
@@ -159,7 +161,35 @@ def choose_moments(
         CheckpointError: `checkpoint` is asked for and the checkpoint has no optimizer state.
     """
     wanted = optimizer.moments
-    if wanted == "checkpoint" or (wanted == "auto" and checkpoint.has_moments):
+    if wanted == "warmup":
+        return WarmupMoments(shards, optimizer.betas, why="asked for")
+    everywhere = _on_every_rank(checkpoint.has_moments, shards[0].base.device)
+    if everywhere:
         return CheckpointMoments(checkpoint, shards, label=label)
-    why = "asked for" if wanted == "warmup" else "the checkpoint has no optimizer state"
+    if wanted == "checkpoint":
+        raise _none_there(checkpoint, shards[0].name, label)
+    failure = _failure(checkpoint)
+    why = "the checkpoint has no optimizer state" + ("" if failure is None else f"; {failure}")
     return WarmupMoments(shards, optimizer.betas, why=why)
+
+
+def _failure(checkpoint: Source) -> CheckpointError | None:
+    return checkpoint.moments_failure if isinstance(checkpoint, SaysWhereFrom) else None
+
+
+def _on_every_rank(found: bool, device: torch.device) -> bool:
+    """A download can fail on one rank alone; then every rank accumulates moments instead."""
+    if num_ranks() == 1:
+        return found
+    return all(row[0] for row in gather_floats([float(found)], device))
+
+
+def _none_there(checkpoint: Source, name: str, label: str) -> CheckpointError:
+    """The error for `moments: checkpoint`; one that trying again can help stays one."""
+    failure = _failure(checkpoint)
+    kind = CheckpointError if failure is None else type(failure)
+    why = "" if failure is None else f" ({failure})"
+    return kind(
+        f"adamw direction needs exp_avg_sq for {name!r}; checkpoint {label} has none{why}. "
+        "Use optimizer.moments: warmup, or a checkpoint saved with optimizer state."
+    )

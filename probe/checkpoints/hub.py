@@ -4,6 +4,7 @@ import logging
 
 from probe.checkpoints.fetch import WEIGHTS, fetch
 from probe.checkpoints.huggingface import HuggingFaceSource
+from probe.checkpoints.published import PublishedSource
 from probe.errors import CheckpointError
 from probe.result import CheckpointRef
 
@@ -12,6 +13,8 @@ logger = logging.getLogger(__name__)
 
 def open_source(ref: CheckpointRef) -> HuggingFaceSource:
     """Fetch `ref.location` at `ref.revision` into the Hugging Face cache and open it.
+
+    Where its optimizer state may be published elsewhere, that is fetched when first asked for.
 
     Raises:
         CheckpointError: No such repository or revision, no access, or nothing usable in it.
@@ -27,4 +30,8 @@ def open_source(ref: CheckpointRef) -> HuggingFaceSource:
         ref.revision,
         extra={"event": "checkpoint_fetch", "step": ref.step},
     )
-    return HuggingFaceSource(ref, fetch(ref.location, ref.revision, WEIGHTS))
+    directory = fetch(ref.location, ref.revision, WEIGHTS)
+    source = HuggingFaceSource(ref, directory)
+    if ref.moments_url is None or source.has_moments:
+        return source
+    return PublishedSource(ref, directory)
