@@ -95,3 +95,96 @@ def write_trainer(series, root: Path) -> dict[str, Any]:
         torch.save(content, target / "optimizer.pt")
         (target / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     return {"source": "local", "path": str(root / "checkpoint-*")}
+
+
+def write_olmo_unsharded(series, root: Path) -> dict[str, Any]:
+    """OLMo's own files: query, key and value are one tensor there, up and gate another."""
+    hf = json.loads((series.directory / "step-4" / "config.json").read_text())
+    layers = range(hf["num_hidden_layers"])
+    model = {
+        "d_model": hf["hidden_size"],
+        "n_heads": hf["num_attention_heads"],
+        "n_kv_heads": hf["num_key_value_heads"],
+        "n_layers": hf["num_hidden_layers"],
+        "mlp_hidden_size": 2 * hf["intermediate_size"],
+        "vocab_size": hf["vocab_size"],
+        "max_sequence_length": 64,
+        "weight_tying": False,
+        "rope_theta": hf["rope_parameters"]["rope_theta"],
+        "layer_norm_eps": hf["rms_norm_eps"],
+        "layer_norm_type": "rms",
+        "block_type": "sequential",
+        "activation_type": "swiglu",
+        **dict.fromkeys(("rope", "attention_layer_norm", "norm_after"), True),
+        **dict.fromkeys(("layer_norm_with_affine",), True),
+        "include_bias": False,
+    }
+    for step in STEPS:
+        target = root / f"step{step}-unsharded"
+        target.mkdir()
+        weights, state = tensors_of(series.directory / f"step-{step}")
+        torch.save(olmo_tensors(weights, layers), target / "model.pt")
+        moments = {
+            kind: olmo_tensors({name: state[f"{name}.{kind}"] for name in weights}, layers)
+            for kind in ("exp_avg", "exp_avg_sq")
+        }
+        states = {
+            name: {kind: moments[kind][name] for kind in moments} | {"step": torch.tensor(step)}
+            for name in moments["exp_avg"]
+        }
+        torch.save({"state": states, "param_groups": []}, target / "optim.pt")
+        (target / "config.yaml").write_text(json.dumps({"model": model}))  # JSON is YAML
+    return {"source": "local", "path": str(root / "step*-unsharded")}
+
+
+def olmo_tensors(tensors: dict, layers: range) -> dict[str, torch.Tensor]:
+    outer = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
+    found = {f"transformer.{t}.weight": tensors[f"{o}.weight"] for t, o in outer.items()}
+    inner = {
+        "att_proj": [f"self_attn.{part}_proj" for part in "qkv"],
+        "attn_out": ["self_attn.o_proj"],
+        "q_norm": ["self_attn.q_norm"],
+        "k_norm": ["self_attn.k_norm"],
+        "attn_norm": ["post_attention_layernorm"],
+        "ff_proj": ["mlp.up_proj", "mlp.gate_proj"],
+        "ff_out": ["mlp.down_proj"],
+        "ff_norm": ["post_feedforward_layernorm"],
+    }
+    for layer in layers:
+        for theirs, ours in inner.items():
+            parts = [tensors[f"model.layers.{layer}.{name}.weight"] for name in ours]
+            found[f"transformer.blocks.{layer}.{theirs}.weight"] = torch.cat(parts)
+    return found
+
+
+def write_deepspeed(series, root: Path, world: int = 3) -> dict[str, Any]:
+    """ZeRO-3 of three ranks: every tensor cut evenly, its last part padded, all in one group."""
+    shutil.copy(series.directory / "step-4" / "config.json", root)
+    for step in STEPS:
+        target = root / f"global_step{step}"
+        target.mkdir()
+        weights, state = tensors_of(series.directory / f"step-{step}")
+        kinds = {"weight": weights} | {
+            kind: {name: state[f"{name}.{kind}"] for name in weights}
+            for kind in ("exp_avg", "exp_avg_sq")
+        }
+        for rank in range(world):
+            flats = {}
+            for kind, tensors in kinds.items():
+                parts = []
+                for tensor in tensors.values():
+                    padded = torch.nn.functional.pad(tensor.flatten(), (0, -tensor.numel() % world))
+                    parts.append(padded.chunk(world)[rank])
+                flats[kind] = torch.cat(parts)
+            moments = {kind: flats[kind] for kind in ("exp_avg", "exp_avg_sq")}
+            optimizer = {
+                "partition_count": world,
+                "fp32_flat_groups": [flats["weight"]],
+                "optimizer_state_dict": {"state": {0: moments | {"step": step}}},
+            }
+            shapes = [{name: tensor.shape for name, tensor in weights.items()}]
+            model = {"param_shapes": shapes, "global_steps": step, "dp_world_size": world}
+            name = f"zero_pp_rank_{rank}_mp_rank_00"
+            torch.save({"optimizer_state_dict": optimizer}, target / f"{name}_optim_states.pt")
+            torch.save(model, target / f"{name}_model_states.pt")
+    return {"source": "local", "path": str(root / "global_step*")}

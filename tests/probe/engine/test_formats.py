@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from series_formats import write_dcp, write_olmo_core, write_trainer
+from series_formats import (
+    write_dcp,
+    write_deepspeed,
+    write_olmo_core,
+    write_olmo_unsharded,
+    write_trainer,
+)
 
 from probe.engine import Session
 from probe.plan import expand_units
@@ -29,6 +35,8 @@ def expected(series) -> list[dict]:
     return measured
 
 
-@pytest.mark.parametrize("write", [write_dcp, write_olmo_core, write_trainer])
+@pytest.mark.parametrize(
+    "write", [write_dcp, write_deepspeed, write_olmo_core, write_olmo_unsharded, write_trainer]
+)
 def test_the_numbers_are_those_of_the_safetensors(series, expected, tmp_path, write):
     assert measure(series, write(series, tmp_path)) == expected

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from gguf_file import write_gguf
-from series_formats import write_dcp, write_olmo_core, write_trainer
+from series_formats import (
+    write_dcp,
+    write_deepspeed,
+    write_olmo_core,
+    write_olmo_unsharded,
+    write_trainer,
+)
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from probe.engine import Session
@@ -33,9 +39,11 @@ CASES = {  # name -> back-end, source, changes
     "deepspeed hf warmup": ("deepspeed", "hf", {"optimizer__moments": "warmup"}),
     "deepspeed dcp": ("deepspeed", "dcp", {}),
     "deepspeed olmo-core": ("deepspeed", "olmo-core", {}),
+    "deepspeed of deepspeed": ("deepspeed", "deepspeed", {}),
     "fsdp2 dcp": ("fsdp2", "dcp", {}),
     "fsdp2 olmo-core": ("fsdp2", "olmo-core", {}),
     "fsdp2 trainer": ("fsdp2", "trainer", {}),
+    "fsdp2 olmo-unsharded": ("fsdp2", "olmo-unsharded", {}),
     "fsdp2 gguf": ("fsdp2", "gguf", {}),
 }
 
@@ -60,12 +68,14 @@ def gguf(root: Path) -> dict[str, Any]:
 def specs(series, tmp_path_factory) -> dict[str, dict[str, Any]]:
     """By case; five sequences by two, so that one rank has a micro-batch more."""
     root = tmp_path_factory.mktemp("formats")
-    for name in ("dcp", "olmo-core", "trainer"):
+    for name in ("dcp", "deepspeed", "olmo-core", "olmo-unsharded", "trainer"):
         (root / name).mkdir()
     sources = {
         "hf": {"source": "local", "path": str(series.directory / "step-*")},
         "dcp": write_dcp(series, root / "dcp"),
+        "deepspeed": write_deepspeed(series, root / "deepspeed"),
         "olmo-core": write_olmo_core(series, root / "olmo-core"),
+        "olmo-unsharded": write_olmo_unsharded(series, root / "olmo-unsharded"),
         "trainer": write_trainer(series, root / "trainer"),
         "gguf": gguf(root),
     }
