@@ -5,33 +5,24 @@ stay resident between them. It knows nothing of queues, sockets or files of resu
 """
 
 import datetime as dt
-import hashlib
-import json
-import platform
 import time
+from functools import partial
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
-from probe.attention import choose_attention
 from probe.batches import Batch, BatchSet
-from probe.checkpoints import open_checkpoint
-from probe.checkpoints.source import Source
-from probe.errors import BatchError, ConfigError
-from probe.loss import CausalLoss, num_rows
+from probe.errors import BatchError
 from probe.memory import PeakMemory, out_of_memory_explained
 from probe.moments import Moments, NoMoments, WarmupMoments, choose_moments
-from probe.parallel.resident import Model, ResidentModel, num_ranks
-from probe.placement import backend_for
 from probe.progress import Meter, OnProgress
-from probe.provenance import device_name, git_commit, package_versions
-from probe.ray_search import RaySearch, check_finite
-from probe.result import LossBatch, Measurement, Provenance, Unit, UnitResult
+from probe.ray_search import RaySearch
+from probe.result import LossBatch, Measurement, Unit, UnitResult
 from probe.spec import AdamW, CheckpointSeriesSpec
 from probe.spec_load import resolved, spec_sha256
 from probe.summary import summarise
 from probe.update import UpdateRule, check_no_decay, slope_along
+from probe.workbench import Opened, Workbench
+from probe.workbench import choose_device as choose_device
 
 _LOSS_BATCHES: dict[str, tuple[LossBatch, ...]] = {
     "update": ("update",),
@@ -57,30 +48,16 @@ class Session:
 
     def __init__(self, spec: CheckpointSeriesSpec) -> None:
         self.spec = spec
-        self.device = choose_device(spec.model.device)
-        self.dtype: torch.dtype = getattr(torch, spec.model.dtype)
-        self.num_ranks = num_ranks()
-        self.backend = backend_for(spec.parallel, self.num_ranks)
-        self.attention = choose_attention(
-            spec.model.attention, device=self.device, dtype=self.dtype
-        )
         self.loss_batches = _LOSS_BATCHES[spec.measurement.loss_batch]
-        self._micro_batch_sequences = min(
-            spec.batches.micro_batch_sequences,
-            max(spec.batches.batch_sequences, spec.batches.held_out_sequences or 0),
-        )
-        self._batches: BatchSet | None = None
-        self._tokenizer_key = ""  # of the tokenizer the batches were made with
-        self._resident: tuple[Model, CausalLoss] | None = None
-        self._models = ResidentModel(
-            backend=self.backend,
-            device=self.device,
-            dtype=self.dtype,
-            attention=self.attention,
-            micro_batch_sequences=self._micro_batch_sequences,
-            offload_base=spec.parallel.offload_base,
-            activation_checkpointing=spec.model.activation_checkpointing,
-            compile=spec.model.compile,
+        self.workbench = Workbench(
+            spec.model,
+            spec.parallel,
+            micro_batch_sequences=min(
+                spec.batches.micro_batch_sequences,
+                max(spec.batches.batch_sequences, spec.batches.held_out_sequences or 0),
+            ),
+            sequence_length=spec.batches.sequence_length,
+            draw=partial(BatchSet, spec.batches),
         )
 
     def measure(
@@ -114,16 +91,14 @@ class Session:
             one forward pass per loss batch for the loss resolution.
         """
         started_at, clock = dt.datetime.now(dt.UTC), time.perf_counter()
-        memory, meter = PeakMemory(self.device), Meter(on_progress)
-        with out_of_memory_explained(self._micro_batch_sequences, self.spec.model.dtype):
+        workbench = self.workbench
+        memory, meter = PeakMemory(workbench.device), Meter(on_progress)
+        with out_of_memory_explained(workbench.micro_batch_sequences, self.spec.model.dtype):
             meter.report("load", 0, 1)
-            source = open_checkpoint(unit.checkpoint)
-            model, loss = self._load(source)
-            check_positions(self.spec.batches.sequence_length, model.model)
-            check_no_decay([shard.name for shard in model.shards], self.spec.optimizer)
-            batches = self._batches_for(source)
+            opened = workbench.open(unit.checkpoint)
+            check_no_decay([shard.name for shard in opened.model.shards], self.spec.optimizer)
             meter.report("load", 1, 1)
-            checkpoint = _Checkpoint(self, unit, source, model, loss, batches, meter)
+            checkpoint = _Checkpoint(self, unit, opened, meter)
             measurements = checkpoint.measure(eta_init or {})
         return UnitResult(
             unit=unit,
@@ -135,70 +110,36 @@ class Session:
             num_backward_passes=meter.num_backward_passes,
             duration_s=time.perf_counter() - clock,
             memory_bytes=memory.peak_bytes(),
-            provenance=self._provenance(checkpoint, memory.kind, started_at),
+            provenance=workbench.provenance(
+                opened,
+                spec_sha256=spec_sha256(self.spec),
+                moments=checkpoint.moments.source,
+                moments_detail=checkpoint.moments.detail,
+                memory_kind=memory.kind,
+                started_at=started_at,
+            ),
         )
-
-    def _provenance(
-        self, checkpoint: "_Checkpoint", memory_kind: str, started_at: dt.datetime
-    ) -> Provenance:
-        return Provenance(
-            spec_sha256=spec_sha256(self.spec),
-            versions=package_versions(),
-            git_commit=git_commit(),
-            device=device_name(self.device),
-            dtype=self.spec.model.dtype,
-            backend=checkpoint.model.backend,
-            num_ranks=self.num_ranks,
-            attention=self.attention,
-            moments=checkpoint.moments.source,
-            moments_detail=checkpoint.moments.detail,
-            num_parameters=checkpoint.model.num_parameters,
-            memory_kind=memory_kind,
-            head_path=checkpoint.loss.head_path,
-            hostname=platform.node(),
-            started_at=started_at,
-            finished_at=dt.datetime.now(dt.UTC),
-        )
-
-    def _load(self, source: Source) -> tuple[Model, CausalLoss]:
-        """The checkpoint's values in the resident model, or a new one where the config differs."""
-        self._resident = None  # no second reference while another one is built
-        self._resident = self._models.load(source)
-        return self._resident
-
-    def _batches_for(self, source: Source) -> BatchSet:
-        if self._batches is not None and self.spec.model.tokenizer is not None:
-            return self._batches
-        tokenizer = source.load_tokenizer(self.spec.model.tokenizer)
-        key = _tokenizer_key(tokenizer)
-        if self._batches is None or key != self._tokenizer_key:
-            self._batches, self._tokenizer_key = None, key  # free them before others are drawn
-            self._batches = BatchSet(self.spec.batches, tokenizer)
-        return self._batches
 
 
 class _Checkpoint:
     """One unit under measurement."""
 
     def __init__(
-        self,
-        session: Session,
-        unit: Unit,
-        source: Source,
-        model: Model,
-        loss: CausalLoss,
-        batches: BatchSet,
-        meter: Meter,
+        self, session: Session, unit: Unit, opened: Opened[BatchSet], meter: Meter
     ) -> None:
         self.spec = session.spec
         self.loss_batches = session.loss_batches
-        self.model, self.loss, self.batches, self.meter = model, loss, batches, meter
+        self.opened, self.meter = opened, meter
+        self.model, self.loss, self.batches = opened.model, opened.loss, opened.batches
         self.moments: Moments = NoMoments()
         if isinstance(self.spec.optimizer, AdamW):
             self.moments = choose_moments(
-                self.spec.optimizer, source, model.shards, label=unit.checkpoint.label
+                self.spec.optimizer,
+                opened.source,
+                opened.model.shards,
+                label=unit.checkpoint.label,
             )
-        self.rule = UpdateRule(model, self.spec.optimizer, self.moments)
+        self.rule = UpdateRule(self.model, self.spec.optimizer, self.moments)
 
     def measure(self, eta_init: dict[str, float]) -> list[Measurement]:
         """Warm up, then for each repeat: gradient, direction, a search per loss batch."""
@@ -255,33 +196,7 @@ class _Checkpoint:
         return batch, self._gradient(batch)
 
     def _gradient(self, batch: Batch) -> list[Tensor | None]:
-        """Gradient of the batch's mean loss at the base, in fp32, not clipped."""
-        check_vocabulary(batch, self.model.model)
-        means: list[float] = []
-        grads = self.model.gradient(lambda: means.append(self.loss.backward(batch)))
-        check_finite(means[0], "a")
-        self.meter.num_backward_passes += 1
-        for grad in grads:
-            if grad is not None:
-                grad.div_(batch.num_targets)
-        return grads
-
-
-def choose_device(requested: str) -> torch.device:
-    """The device `model.device` means here; `auto` is cuda where present, else cpu.
-
-    Raises:
-        ConfigError: cuda is asked for and there is none.
-    """
-    if requested == "auto":
-        requested = "cuda" if torch.cuda.is_available() else "cpu"
-    if requested == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(
-                "model.device is cuda, but torch finds no CUDA device. Use device: auto or cpu."
-            )
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device(requested)
+        return self.opened.gradient(batch, self.meter)
 
 
 def first_repeat_batch(spec: CheckpointSeriesSpec) -> int:
@@ -294,45 +209,3 @@ def first_repeat_batch(spec: CheckpointSeriesSpec) -> int:
     if isinstance(optimizer, AdamW) and optimizer.moments != "checkpoint":
         return optimizer.warmup_steps
     return 0
-
-
-def check_vocabulary(batch: Batch, model: nn.Module) -> None:
-    """Refuse tokens the model has no embedding for.
-
-    Raises:
-        ConfigError: The tokenizer is larger than the model's vocabulary.
-    """
-    embeddings = num_rows(model.get_input_embeddings().weight)  # type: ignore[operator]
-    largest = int(batch.input_ids.max())
-    if largest >= embeddings:
-        raise ConfigError(
-            f"a batch holds token {largest}, the model has {embeddings} embeddings. "
-            "model.tokenizer must name the tokenizer this model was trained with."
-        )
-
-
-def check_positions(sequence_length: int, model: nn.Module) -> None:
-    """Refuse sequences longer than the model has positions for.
-
-    Raises:
-        ConfigError: Beyond them a model fails, or gives losses that mean nothing.
-    """
-    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and sequence_length > positions > 0:
-        raise ConfigError(
-            f"batches.sequence_length is {sequence_length}, the model has {positions} positions "
-            f"(max_position_embeddings in config.json). Use at most {positions}."
-        )
-
-
-def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Equal for tokenizers that make the same tokens; taken before the tokenizer is used."""
-    model = (
-        tokenizer.backend_tokenizer.to_str()
-        if tokenizer.is_fast
-        else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    text = f"{type(tokenizer).__name__} {special} {model}"
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

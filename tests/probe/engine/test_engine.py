@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import probe.engine
+from probe.checkpoints import open_checkpoint
 from probe.engine import Session
 from probe.errors import (
     CheckpointError,
@@ -22,6 +22,7 @@ from probe.loss import CausalLoss
 from probe.plan import expand_units, make_plan
 from probe.result import UnitResult, eta_init_hint
 from probe.spec_load import parse_spec, spec_sha256
+from probe.workbench import check_vocabulary
 
 
 def open_session(series, **changes):
@@ -79,8 +80,10 @@ def test_eta_c_is_the_dense_crossing_of_a_real_adamw_step(series, dense_ray, sea
     assert result.provenance.moments == "checkpoint"
     assert len(result.measurements) == 4
     for measurement in result.measurements:
-        update = session._batches.update(3 + measurement.repeat)
-        batch = update if measurement.loss_batch == "update" else session._batches.held_out
+        update = session.workbench._batches.update(3 + measurement.repeat)
+        batch = (
+            update if measurement.loss_batch == "update" else session.workbench._batches.held_out
+        )
         assert measurement.update_batch_sha256 == update.sha256
         assert measurement.loss_batch_sha256 == batch.sha256
         *_, loss_at = dense_ray(12, update, batch)
@@ -102,8 +105,10 @@ def test_slope_and_curvature_equal_autograd_on_the_dense_twin(series, dense_ray,
     session, units = open_session(series, measurement__repeats=1)
     result = session.measure(units[2])
     for measurement in result.measurements:
-        update = session._batches.update(3)
-        batch = update if measurement.loss_batch == "update" else session._batches.held_out
+        update = session.workbench._batches.update(3)
+        batch = (
+            update if measurement.loss_batch == "update" else session.workbench._batches.held_out
+        )
         model, base, delta, _ = dense_ray(20, update, batch)
         at = {n: b.clone().requires_grad_() for n, b in base.items()}
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -118,10 +123,10 @@ def test_slope_and_curvature_equal_autograd_on_the_dense_twin(series, dense_ray,
         eta = 0.01 * measurement.eta_c
         moved = []
         for sign in (1, -1):
-            for shard in session._resident[0].shards:
+            for shard in session.workbench._resident[0].shards:
                 step = delta[shard.name].flatten()
                 shard.live.copy_(shard.base - sign * eta * step)
-            moved.append(session._resident[1].mean(batch))
+            moved.append(session.workbench._resident[1].mean(batch))
         bent = (sum(moved) - 2 * measurement.loss_at_zero) / eta**2
         assert bent == pytest.approx(curvature, rel=0.03)
 
@@ -165,7 +170,7 @@ def test_parameters_come_back_when_a_trial_raises(series, monkeypatch):
     monkeypatch.setattr(CausalLoss, "mean", failing)
     with pytest.raises(KeyError):
         session.measure(units[0])
-    model = session._resident[0]
+    model = session.workbench._resident[0]
     assert all(torch.equal(shard.live, shard.base) for shard in model.shards)
 
 
@@ -243,7 +248,7 @@ def test_bf16_runs_from_an_fp32_base(series):
     half, _ = open_session(series, measurement__repeats=1, model={"dtype": "bfloat16"})
     full, rounded = wide.measure(units[1]), half.measure(units[1])
     stored = load_file(series.directory / "step-12" / "model.safetensors")
-    for shard in half._resident[0].shards:
+    for shard in half.workbench._resident[0].shards:
         assert shard.live.dtype == torch.bfloat16
         assert torch.equal(shard.base, stored[shard.name].flatten())
     assert rounded.provenance.dtype == "bfloat16"
@@ -266,7 +271,9 @@ def test_a_result_says_where_it_came_from(series):
     assert found.head_path == "chunked"
     assert found.device == "cpu (1 threads)"
     assert found.versions["torch"] == torch.__version__
-    assert found.num_parameters == sum(shard.base.numel() for shard in session._resident[0].shards)
+    assert found.num_parameters == sum(
+        shard.base.numel() for shard in session.workbench._resident[0].shards
+    )
     assert found.num_ranks == 1
     assert found.memory_kind
     assert result.memory_bytes > 4 * 3 * found.num_parameters
@@ -357,10 +364,10 @@ def test_other_runtime_errors_are_not_called_out_of_memory(series, monkeypatch):
 
 def test_a_tokenizer_larger_than_the_model_is_refused(broken_series, series, tmp_path):
     session, units = open_session(series)
-    update = session.measure(units[0]) and session._batches.update(0)
+    update = session.measure(units[0]) and session.workbench._batches.update(0)
     update.input_ids[0, 0] = 97
     with pytest.raises(ConfigError, match="token 97, the model has 97 embeddings"):
-        probe.engine.check_vocabulary(update, session._resident[0].model)
+        check_vocabulary(update, session.workbench._resident[0].model)
 
 
 def test_a_device_that_is_not_there_is_refused(series):
@@ -373,14 +380,14 @@ def test_a_device_that_is_not_there_is_refused(series):
 def test_another_architecture_is_built_anew(series, tmp_path, tiny_model, monkeypatch):
     session, units = open_session(series)
     session.measure(units[0])
-    model, loss = session._resident
+    model, loss = session.workbench._resident
     session.measure(units[1])
-    assert session._resident == (model, loss)
+    assert session.workbench._resident == (model, loss)
     wider = tiny_model(intermediate_size=40)
     wider.save_pretrained(tmp_path / "other")
-    source = probe.engine.open_checkpoint(
+    source = open_checkpoint(
         units[0].checkpoint.model_copy(update={"location": str(tmp_path / "other")})
     )
-    rebuilt, _ = session._load(source)
+    rebuilt, _ = session.workbench._models.load(source)
     assert rebuilt is not model
     assert rebuilt.num_parameters == sum(p.numel() for p in wider.parameters())

@@ -54,9 +54,9 @@ def test_equal_tokenizers_share_the_batches(copied):
     _, spec = copied
     session, units = Session(spec()), expand_units(spec())
     session.measure(units[0])
-    batches = session._batches
+    batches = session.workbench._batches
     session.measure(units[1])
-    assert session._batches is batches
+    assert session.workbench._batches is batches
 
 
 def test_a_named_tokenizer_serves_the_whole_series(copied):
