@@ -17,11 +17,13 @@ Backend = Literal["single", "fsdp2", "deepspeed"]
 MomentsSource = Literal["checkpoint", "warmup", "none"]
 
 
-class _Result(BaseModel):
+class ResultModel(BaseModel):
+    """Everything that is given back: not changed once made, no unknown fields, no NaN."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class CheckpointRef(_Result):
+class CheckpointRef(ResultModel):
     """One checkpoint: where it is and which training step it was saved at."""
 
     source: Literal["local", "hub", "gguf"]
@@ -54,7 +56,7 @@ class CheckpointRef(_Result):
         return self.revision or self.location.rstrip("/").rsplit("/", 1)[-1]
 
 
-class Unit(_Result):
+class Unit(ResultModel):
     """What is measured, recorded and resumed as a whole."""
 
     index: int = Field(ge=0)
@@ -68,11 +70,9 @@ class Unit(_Result):
     )
 
 
-class Measurement(_Result):
-    """One line search: one update direction, one loss batch."""
+class SearchRecord(ResultModel):
+    """One line search: along one update direction, on one batch's loss."""
 
-    repeat: int = Field(ge=0)
-    loss_batch: LossBatch = Field(description="Which batch the loss was taken on.")
     outcome: SearchOutcome
     eta_c: float | None
     eta_lower: float
@@ -89,12 +89,19 @@ class Measurement(_Result):
     loss_resolution: float = Field(
         description="Smallest loss difference that means anything here, nats per token."
     )
-    update_batch_sha256: str = Field(description="Tokens of the batch that made the gradient.")
     loss_batch_sha256: str = Field(description="Tokens of the batch the loss was taken on.")
     duration_s: float
 
 
-class Summary(_Result):
+class Measurement(SearchRecord):
+    """One search of a checkpoint series."""
+
+    repeat: int = Field(ge=0)
+    loss_batch: LossBatch = Field(description="Which batch the loss was taken on.")
+    update_batch_sha256: str = Field(description="Tokens of the batch that made the gradient.")
+
+
+class Summary(ResultModel):
     """All repeats of one loss batch at one checkpoint."""
 
     loss_batch: LossBatch
@@ -114,7 +121,7 @@ class Summary(_Result):
     num_forward_passes: int
 
 
-class Provenance(_Result):
+class Provenance(ResultModel):
     """Everything needed to say where a number came from."""
 
     spec_sha256: str
@@ -137,7 +144,7 @@ class Provenance(_Result):
     finished_at: dt.datetime
 
 
-class UnitResult(_Result):
+class UnitResult(ResultModel):
     """The result of one unit of a `checkpoint_series` job."""
 
     unit: Unit
@@ -171,7 +178,7 @@ def eta_init_hint(result: UnitResult) -> dict[str, float] | None:
     return found or None
 
 
-class Plan(_Result):
+class Plan(ResultModel):
     """What a job would do, worked out before anything is queued."""
 
     kind: str
