@@ -3,6 +3,7 @@
 import datetime as dt
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from server.wire import JobView
 
 FAKE_RANK = Path(__file__).with_name("fake_rank.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
+VOCAB = 50
 DEADLINE_S = 120.0  # far above what anything here needs; only a broken run waits so long
 
 
@@ -279,3 +281,55 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
     lab = Lab(tmp_path)
     yield lab
     lab.close()
+
+
+@pytest.fixture
+def series_spec(tmp_path: Path) -> dict[str, Any]:
+    """Three random models with one tokenizer, and text."""
+    # Only real ranks need them; most tests here import no torch.
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
+
+    from probe.checkpoints import save_checkpoint
+
+    vocab = {"<pad>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, VOCAB)}
+    tokens = Tokenizer(WordLevel(vocab, unk_token="<pad>"))
+    tokens.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokens, eos_token="</s>", pad_token="<pad>", unk_token="<pad>"
+    )
+    config = Olmo2Config(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+    )
+    for step in (1, 2, 3):
+        torch.manual_seed(step)
+        save_checkpoint(Olmo2ForCausalLM(config), tmp_path / f"step-{step}", tokenizer=tokenizer)
+    generator = random.Random(0)
+    documents = [
+        " ".join(f"w{generator.randrange(2, VOCAB)}" for _ in range(40)) for _ in range(99)
+    ]
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    return {
+        "kind": "checkpoint_series",
+        "name": "tiny",
+        "checkpoints": {"source": "local", "path": str(tmp_path / "step-*")},
+        "optimizer": {"name": "adamw", "warmup_steps": 2},
+        "batches": {
+            "sources": [{"type": "files", "name": "words", "paths": [str(text)]}],
+            "sequence_length": 16,
+            "batch_sequences": 4,
+            "held_out_sequences": 4,
+        },
+        "measurement": {"loss_batch": "both"},
+    }

@@ -1,0 +1,42 @@
+"""`probe.rank`, but rank 1 breaks while it forms a direction, as the job's label `broken` says.
+
+`raise`: a rank's own error at a place where the others go on and wait. `hang`: it is never heard
+of again, the first time; `--journal FILE` remembers that.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from probe import rank
+from probe.engine import Session
+from probe.errors import DirectionError
+from probe.update import UpdateRule
+
+if __name__ == "__main__":
+    journal = Path(sys.argv.pop(sys.argv.index("--journal") + 1))
+    sys.argv.remove("--journal")
+    intact = UpdateRule.direction
+    broken = [""]
+    make_session = Session.__init__
+
+    def note_label(session, spec):
+        broken[0] = spec.labels.get("broken", "")
+        make_session(session, spec)
+
+    def direction(rule, *args):
+        if os.environ["RANK"] == "1":
+            if broken[0] == "raise":
+                raise DirectionError("no direction on this rank")
+            if broken[0] == "hang" and not journal.exists():
+                journal.touch()
+                while True:
+                    signal.pause()
+        return intact(rule, *args)
+
+    Session.__init__ = note_label
+    UpdateRule.direction = direction
+    status = rank.main()
+    sys.stdout.flush()
+    os._exit(status)
