@@ -246,7 +246,9 @@ def _reducer(shard: Shard, found: dict[str, Tensor]) -> Callable[[Any], None]:
 
     def reduce(parameter: Any) -> None:
         grad, parameter.grad = parameter.grad, None
-        parameter.partition()  # nothing after its gradient needs it
+        # Nothing needs it after its gradient; a layer that was run again may have been broken off.
+        parameter.ds_active_sub_modules.clear()
+        parameter.partition()
         per_rank = parameter.ds_tensor.numel()
         whole = grad.new_zeros(per_rank * dist.get_world_size(), dtype=shard.base.dtype)
         whole[: grad.numel()] = grad.reshape(-1)
@@ -279,8 +281,12 @@ def _weights_gathered_in_backward(model: nn.Module) -> Iterator[None]:
             running.pop(parameter.untyped_storage().data_ptr(), None)
 
     def pack(tensor: Tensor) -> Any:
-        parameter = running.get(tensor.untyped_storage().data_ptr())
-        if parameter is None or tensor.dtype != parameter.dtype:
+        place = tensor.untyped_storage().data_ptr()
+        parameter = running.get(place)
+        # A forward that was broken off leaves its entries behind: is the weight still there?
+        if parameter is None or parameter.untyped_storage().data_ptr() != place:
+            return tensor
+        if parameter.dtype != tensor.dtype:
             return tensor
         offset = tensor.storage_offset() - parameter.storage_offset()
         return parameter, tensor.shape, tensor.stride(), offset

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,9 @@ from series_formats import (
     write_olmo_unsharded,
     write_trainer,
 )
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
+from probe.checkpoints import save_checkpoint
 from probe.engine import Session
 from probe.errors import ParallelismError
 from probe.plan import expand_units
@@ -36,7 +38,11 @@ WORLD_SIZE = 2
 CASES = {  # name -> back-end, source, changes
     "deepspeed hf": ("deepspeed", "hf", {}),
     "deepspeed hf bf16": ("deepspeed", "hf", {"model__dtype": "bfloat16"}),
-    "deepspeed hf warmup": ("deepspeed", "hf", {"optimizer__moments": "warmup"}),
+    "deepspeed two models": (
+        "deepspeed",
+        "two models",
+        {"optimizer__moments": "warmup", "model__activation_checkpointing": True},
+    ),
     "deepspeed dcp": ("deepspeed", "dcp", {}),
     "deepspeed olmo-core": ("deepspeed", "olmo-core", {}),
     "deepspeed of deepspeed": ("deepspeed", "deepspeed", {}),
@@ -45,6 +51,19 @@ CASES = {  # name -> back-end, source, changes
     "fsdp2 trainer": ("fsdp2", "trainer", {}),
     "fsdp2 olmo-unsharded": ("fsdp2", "olmo-unsharded", {}),
     "fsdp2 gguf": ("fsdp2", "gguf", {}),
+}
+
+
+MODEL = {
+    "vocab_size": 97,
+    "hidden_size": 36,
+    "intermediate_size": 31,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": None,
+    "tie_word_embeddings": True,
 }
 
 
@@ -64,14 +83,24 @@ def gguf(root: Path) -> dict[str, Any]:
     return {"source": "gguf", "path": str(root / "llama.gguf")}
 
 
+def two_models(series, root: Path) -> dict[str, Any]:
+    """A series in which the second checkpoint is of a wider model, so that the first makes room."""
+    shutil.copytree(series.directory / "step-4", root / "step-1")
+    torch.manual_seed(4)
+    config = Olmo2Config(**MODEL)
+    save_checkpoint(Olmo2ForCausalLM(config), root / "step-2")
+    return {"source": "local", "path": str(root / "step-*")}
+
+
 @pytest.fixture(scope="module")
 def specs(series, tmp_path_factory) -> dict[str, dict[str, Any]]:
     """By case; five sequences by two, so that one rank has a micro-batch more."""
     root = tmp_path_factory.mktemp("formats")
-    for name in ("dcp", "deepspeed", "olmo-core", "olmo-unsharded", "trainer"):
+    for name in ("dcp", "two models", "deepspeed", "olmo-core", "olmo-unsharded", "trainer"):
         (root / name).mkdir()
     sources = {
         "hf": {"source": "local", "path": str(series.directory / "step-*")},
+        "two models": two_models(series, root / "two models"),
         "dcp": write_dcp(series, root / "dcp"),
         "deepspeed": write_deepspeed(series, root / "deepspeed"),
         "olmo-core": write_olmo_core(series, root / "olmo-core"),
@@ -89,20 +118,18 @@ def specs(series, tmp_path_factory) -> dict[str, dict[str, Any]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def by_rank(specs, tmp_path_factory) -> list[dict[str, Any]]:
+def measured_by_ranks(root: Path, specs: dict[str, Any], num_ranks: int) -> list[dict[str, Any]]:
     """Results of every rank by case: one launch for all."""
-    root = tmp_path_factory.mktemp("session")
     (root / "specs.json").write_text(json.dumps(list(specs.values())))
     children = [
         subprocess.Popen(
-            [sys.executable, str(RANKS), str(root / "specs.json"), str(rank), str(WORLD_SIZE)],
+            [sys.executable, str(RANKS), str(root / "specs.json"), str(rank), str(num_ranks)],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(WORLD_SIZE)
+        for rank in range(num_ranks)
     ]
     try:
         outputs = [child.communicate(timeout=TIMEOUT_S) for child in children]
@@ -110,10 +137,19 @@ def by_rank(specs, tmp_path_factory) -> list[dict[str, Any]]:
         for child in children:
             child.kill()
             child.wait()
-    assert [child.returncode for child in children] == [0] * WORLD_SIZE, outputs
-    assert [printed for printed, _ in outputs] == [""] * WORLD_SIZE
-    files = [root / f"results-{rank}.json" for rank in range(WORLD_SIZE)]
+    assert [child.returncode for child in children] == [0] * num_ranks, outputs
+    assert [printed for printed, _ in outputs] == [""] * num_ranks
+    files = [root / f"results-{rank}.json" for rank in range(num_ranks)]
     return [dict(zip(specs, json.loads(f.read_text()), strict=True)) for f in files]
+
+
+@pytest.fixture(scope="module")
+def by_rank(specs, tmp_path_factory) -> list[dict[str, Any]]:
+    return measured_by_ranks(tmp_path_factory.mktemp("session"), specs, WORLD_SIZE)
+
+
+def timeless(unit: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{**measurement, "duration_s": 0} for measurement in unit["measurements"]]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -131,14 +167,27 @@ def test_two_ranks_measure_what_one_process_does(specs, by_rank, case):
         for key in ("dtype", "head_path", "num_parameters", "moments"):
             assert first["provenance"][key] == truth["provenance"][key], key
         assert first["num_forward_passes"] == truth["num_forward_passes"]
-        [found], [again], [expected] = (r["measurements"] for r in (first, second, truth))
-        assert {**found, "duration_s": 0} == {**again, "duration_s": 0}
+        [found], [expected] = (result["measurements"] for result in (first, truth))
+        assert timeless(first) == timeless(second)
         assert found["outcome"] == expected["outcome"] == "converged"
         for key in ("loss_at_zero", "loss_resolution", "loss_batch_sha256"):
             assert found[key] == expected[key], key
         # Gradients differ by the order in which micro-batches are added in fp32.
         for key in ("eta_c", "eta_lower", "eta_upper", "slope"):
             assert found[key] == pytest.approx(expected[key], rel=1e-5), key
+
+
+def test_one_rank_measures_exactly_what_one_process_does(specs, tmp_path):
+    """Gradients too: nothing is added in another order."""
+    cases = {name: specs[name] for name in ("deepspeed hf", "deepspeed hf bf16", "fsdp2 dcp")}
+    [rank] = measured_by_ranks(tmp_path, cases, 1)
+    for name, raw in cases.items():
+        spec = parse_spec({**raw, "parallel": {"backend": "single"}})
+        session = Session(spec)
+        for found, unit in zip(rank[name], expand_units(spec)[:2], strict=True):
+            assert found["provenance"]["backend"] == raw["parallel"]["backend"]
+            assert found["provenance"]["num_ranks"] == 1
+            assert timeless(found) == timeless(session.measure(unit).model_dump(mode="json"))
 
 
 @pytest.mark.parametrize("backend", ["fsdp2", "deepspeed"])
