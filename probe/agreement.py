@@ -6,19 +6,23 @@ ranks hold the same bits whatever the back-end's reduction tree is.
 """
 
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from probe.errors import ConfigError, DirectionError, ParallelismError
 
 LossValue: TypeAlias = float | Tensor | tuple[float | Tensor, float | Tensor]
 T = TypeVar("T")
 
-_MEAN, _PAIR, _FAILED = 0.0, 1.0, 2.0
+_MEAN, _PAIR, _FAILED, _MEETING = 0.0, 1.0, 2.0, 3.0
+# Groups that move CPU memory, one beside each group that does not.
+_CPU_GROUPS: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
 
 
 class Agreement:
@@ -27,12 +31,18 @@ class Agreement:
     Args:
         group: Process group; None: all ranks, or this process alone where
             `torch.distributed` is not initialised.
+
+    Attributes:
+        apart: This rank no longer knows where the others are: it was interrupted, or a
+            collective failed. Another collective could wait for ever.
     """
 
     def __init__(self, group: "dist.ProcessGroup | None" = None) -> None:
         ready = dist.is_available() and dist.is_initialized()
         self._group = group
         self.num_ranks = dist.get_world_size(group) if ready else 1
+        self.apart = False
+        self._over: str | None = None  # why nothing more will be exchanged
 
     def mean_loss(self, loss_fn: Callable[[], LossValue]) -> float:
         """The mean loss over all ranks, weighted by counts where loss_fn returns them.
@@ -77,14 +87,63 @@ class Agreement:
                 )
         return None if math.isnan(first[2]) else first[2]
 
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Elementwise sums over the ranks, each rounded once, the same on every rank.
+
+        Args:
+            values: Two at most.
+        """
+        rows = self._gather([_MEAN, *values, *[0.0] * (2 - len(values))])
+        columns = list(zip(*rows, strict=True))[1 : 1 + len(values)]
+        return [math.fsum(c) if all(map(math.isfinite, c)) else sum(c) for c in columns]
+
+    @contextmanager
+    def meeting_before(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """A block in which the ranks meet before each of these modules' forward.
+
+        For modules whose forward waits for the other ranks (gathers of sharded weights): a rank
+        whose loss function failed, or took another way, says so at the next meeting, where all
+        raise. Without it they would wait for that rank until a time-out.
+
+        Cost: one exchange of 24 bytes per module and forward, on the CPU.
+        """
+        handles = []
+        if self.num_ranks > 1:
+            self._group = _cpu_group(self._group)
+            for index, module in enumerate(modules):
+                hook = self._meeting(float(index))
+                handles.append(module.register_forward_pre_hook(hook, prepend=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _meeting(self, index: float) -> Callable[..., None]:
+        def meet(module: nn.Module, _: Any) -> None:
+            if self._over:  # loss_fn caught the error and went on
+                raise ParallelismError(self._over)
+            rows = self._gather([_MEETING, index, 0.0])
+            if len({row[1] for row in rows}) > 1:
+                self._end("the ranks run different modules at the same time; see loss_fn.")
+
+        return meet
+
     def _attempt(self, function: Callable[[], T]) -> T:
         """Call it; on failure tell the other ranks before raising."""
         try:
-            return function()
+            result = function()
         except Exception:
-            if self.num_ranks > 1:
+            if self.num_ranks > 1 and not self._over:
+                self._over = "the measurement failed on this rank."
                 self._exchange([_FAILED, 0.0, 0.0])
             raise
+        except BaseException:
+            self.apart = True
+            raise
+        if self._over:
+            raise ParallelismError(self._over)
+        return result
 
     def _gather(self, row: list[float]) -> list[list[float]]:
         """Every rank's row, in rank order; raises where a rank reported a failure."""
@@ -93,8 +152,19 @@ class Agreement:
         rows = self._exchange(row)
         failed = [rank for rank, other in enumerate(rows) if other[0] == _FAILED]
         if failed:
-            raise ParallelismError(f"the measurement failed on rank {failed}; see its own error.")
+            self._end(f"the measurement failed on rank {failed}; see its own error.")
+        inside = [rank for rank, other in enumerate(rows) if other[0] == _MEETING]
+        if inside and len(inside) < self.num_ranks:
+            self._end(
+                f"ranks {inside} are inside a forward pass that the others have left or have not "
+                "begun. On sharded models loss_fn must run the same forward passes on every rank: "
+                "give a rank with fewer batches one without targets."
+            )
         return rows
+
+    def _end(self, reason: str) -> None:
+        self._over = reason
+        raise ParallelismError(reason)
 
     def _exchange(self, row: list[float]) -> list[list[float]]:
         # NCCL moves device memory only; every back-end with gloo takes the CPU.
@@ -102,8 +172,27 @@ class Agreement:
         device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else "cpu"
         mine = torch.tensor(row, dtype=torch.float64, device=device)
         rows = [torch.empty_like(mine) for _ in range(self.num_ranks)]
-        dist.all_gather(rows, mine, group=self._group)
+        try:
+            dist.all_gather(rows, mine, group=self._group)
+        except BaseException:
+            self.apart = True
+            raise
         return [other.tolist() for other in rows]
+
+
+def _cpu_group(group: "dist.ProcessGroup | None") -> "dist.ProcessGroup | None":
+    """The group itself where it moves CPU memory; else a gloo group of its ranks, made once.
+
+    A meeting through a GPU would make the host wait for it before every module.
+    """
+    group = dist.group.WORLD if group is None else group
+    if "cpu:" in dist.get_backend_config(group):
+        return group
+    if group not in _CPU_GROUPS:
+        ranks = dist.get_process_group_ranks(group)
+        _CPU_GROUPS[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    twin: dist.ProcessGroup = _CPU_GROUPS[group]
+    return twin
 
 
 def _sum_and_count(value: LossValue) -> tuple[float, float, float]:

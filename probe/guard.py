@@ -7,7 +7,7 @@ plain Python attributes a module changes in its forward, and private `torch.Gene
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,12 +21,12 @@ class StateGuard:
     Cost: a copy of every buffer and of the generators' states; no copy of gradients.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, devices: Iterable[torch.device] = ()) -> None:
         self._modules = [(m, m.training, dict(m._buffers)) for m in model.modules()]
         self._buffers = [(b, b.detach().clone()) for b in model.buffers()]
         self._parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         tensors = [*model.parameters(), *model.buffers()]
-        self._random = _capture_random_state({t.device for t in tensors})
+        self._random = _capture_random_state({*devices, *(t.device for t in tensors)})
 
     def hide_gradients(self) -> None:
         """Take every `.grad` away, so that a backward inside a loss cannot add to it."""
@@ -54,9 +54,14 @@ class StateGuard:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[StateGuard]:
-    """A block after which the model is as before it, however the block ends."""
-    guard = StateGuard(model)
+def undisturbed(model: nn.Module, devices: Iterable[torch.device] = ()) -> Iterator[StateGuard]:
+    """A block after which the model is as before it, however the block ends.
+
+    Args:
+        model: Its modules' state is kept.
+        devices: Where its forward runs, besides where its tensors are (offloaded shards).
+    """
+    guard = StateGuard(model, devices)
     with finally_restored(guard.restore):
         guard.hide_gradients()
         yield guard

@@ -1,13 +1,15 @@
 """Critical sharpness of a model in memory: the public call for a training loop.
 
 What it needs stands in files of its own: the direction (`probe.directions`), the points on the
-ray (`probe.perturb`, `probe.upcast`), undisturbed state (`probe.guard`), one loss for all ranks
-(`probe.agreement`) and the search (`probe.line_search`). Checkpoints are `probe.engine`'s matter.
+ray (`probe.perturb`, `probe.upcast`; sharded: `probe.parallel.live_ray`), undisturbed state
+(`probe.guard`), one loss for all ranks (`probe.agreement`) and the search (`probe.line_search`).
+Checkpoints are `probe.engine`'s matter.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 
 from probe.agreement import Agreement, LossValue
 from probe.directions import UpdateDirection, mapping_direction, optimizer_direction
-from probe.errors import ConfigError, DirectionError, ParallelismError
+from probe.directions.sharded import sharded_mapping_direction, sharded_optimizer_direction
+from probe.errors import ConfigError, DirectionError
 from probe.guard import StateGuard, finally_restored, undisturbed
 from probe.line_search import (
     DEFAULT_ETA_INIT,
@@ -23,6 +26,9 @@ from probe.line_search import (
     Search,
     find_critical_learning_rate,
 )
+from probe.parallel.attach import attached
+from probe.parallel.live import LiveRun
+from probe.parallel.live_ray import live_ray
 from probe.perturb import HALF_PRECISION, Ray
 from probe.upcast import UPCAST_NOTE, Fp32Twins, fp32_twins
 
@@ -83,16 +89,30 @@ def critical_sharpness(
     the weights. Models kept in fp32 and run under autocast are not changed by this choice;
     autocast rounds the weights as "cast" does.
 
-    Distributed: every rank calls, with the same arguments but its own batch. The ranks hold
-    replicas (DistributedDataParallel); its process group is used where model is one, else all
-    ranks. Losses are summed over ranks by count before anything branches on them.
+    Distributed: every rank calls, with the same arguments but its own batch. Losses are summed
+    over ranks by count before anything branches on them. The ranks hold
+
+    - replicas (DistributedDataParallel): its process group is used where model is one, else all
+      ranks;
+    - FSDP2 shards (`fully_shard`, HSDP too), also prepared by accelerate;
+    - a DeepSpeed engine of ZeRO stage 1, 2 or 3: pass the engine, between `engine.backward` of a
+      step's last micro-batch and `engine.step`. Its own clipping and loss scale are accounted
+      for, and the slope is that of the loss before clipping.
+
+    Sharded runs step from the optimizer's own (fp32) shards and run in the run's forward dtype,
+    so theta - eta delta is rounded last, as their steps are; `half_precision` has no effect. Each
+    rank must run the same forward passes in loss_fn, and no collective of its own in it: they
+    gather weights together. A loss_fn that fails on one rank fails on all.
 
     Args:
-        model: Holds every parameter of the optimizer. Not sharded (FSDP, DeepSpeed ZeRO).
+        model: Holds every parameter of the optimizer; as loss_fn calls it.
         loss_fn: No argument; returns the mean loss as float or 0-d tensor, or (sum, count).
         optimizer: Stock SGD, Adam or AdamW: delta is what its next step subtracts over its lr.
             With several groups eta is the first group's lr and the others keep their ratio.
+            May be left out with a DeepSpeed engine, which has its own.
         direction: Instead of optimizer: parameter fqn -> delta, for every trainable parameter.
+            For sharded models whole tensors, of which each rank takes its part, or (FSDP2)
+            DTensors placed like the parameters.
         eta_init: First eta tried; pass the last measurement's eta_c. None, what eta_c is where
             that measurement had no answer, means 1e-3.
         rel_tol: The bracket ends with 1 - eta_lower / eta_upper <= rel_tol; in (0, 1).
@@ -114,27 +134,30 @@ def critical_sharpness(
         ConfigError: Arguments that do not fit together, or loss_fn's value is no loss.
         DirectionError: No update direction can be formed; the message says why.
         NonFiniteLossError: L(theta) is NaN or infinite.
-        ParallelismError: The model is sharded, or another rank failed.
+        ParallelismError: Sharded in a way that is not supported (FSDP1, tensor or pipeline
+            parallelism, ZeRO offload, ...), another rank failed, or ranks ran other passes.
 
     Cost: 3 forward passes are common, from a guess within a factor of 2 and with the slope known.
     Memory 8 bytes per moving fp32 parameter (theta and delta); 8 per half-precision one, 4 of
-    them for its twin. No backward pass, no autograd graph.
+    them for its twin. Sharded: that over the number of ranks. No backward pass, no graph.
     """
-    agreement = Agreement(_process_group(model))
-    update = agreement.together(lambda: _update_direction(model, optimizer, direction))
-    known_slope = _checked_slope(update.slope if slope == "auto" else slope)
-    known_slope = agreement.same_direction(update.norm, known_slope)
-    upcast = _needs_upcast(update, half_precision)
+    if half_precision not in ("upcast", "cast"):
+        raise ConfigError(f"half_precision is 'upcast' or 'cast'; found {half_precision!r}.")
+    run = attached(model)
+    if run is not None:
+        agreement = Agreement(run.group)
+        line = _sharded_line(run, model, agreement, optimizer, direction)
+    else:
+        agreement = Agreement(_process_group(model))
+        line = _replica_line(model, agreement, optimizer, direction, half_precision)
+    known_slope = _checked_slope(line.slope if slope == "auto" else slope)
+    known_slope = agreement.same_direction(line.norm, known_slope)
     known_loss = None
     if loss_at_zero is not None:
-        _refuse_mixed_precision(upcast)
+        _refuse_mixed_precision(line.upcast)
         value = loss_at_zero
         known_loss = agreement.mean_loss(lambda: value)
-    with (
-        undisturbed(model) as guard,
-        _ray(model, update, guard, upcast=upcast) as move,
-        _hint(upcast),
-    ):
+    with line.points() as move, _hint(line.upcast):
 
         def loss_at(eta: float) -> float:
             move(eta)
@@ -154,18 +177,73 @@ def critical_sharpness(
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A direction, and how to walk along it."""
+
+    slope: float | None
+    norm: float
+    upcast: bool
+    points: Callable[[], AbstractContextManager[Callable[[float], None]]]
+
+
+def _sharded_line(
+    run: LiveRun,
+    model: nn.Module,
+    agreement: Agreement,
+    optimizer: torch.optim.Optimizer | None,
+    direction: Mapping[str, Tensor] | None,
+) -> _Line:
+    if direction is None:
+        update = sharded_optimizer_direction(run, optimizer, agreement)
+    else:
+        _refuse_both(optimizer)
+        update = sharded_mapping_direction(run, model, direction, agreement)
+    return _Line(
+        slope=update.slope,
+        norm=update.norm,
+        upcast=False,
+        points=lambda: live_ray(run, update.shards, update.delta, agreement),
+    )
+
+
+def _replica_line(
+    model: nn.Module,
+    agreement: Agreement,
+    optimizer: torch.optim.Optimizer | None,
+    direction: Mapping[str, Tensor] | None,
+    half_precision: HalfPrecision,
+) -> _Line:
+    update = agreement.together(lambda: _update_direction(model, optimizer, direction))
+    upcast = _needs_upcast(update, half_precision)
+
+    @contextmanager
+    def points() -> Iterator[Callable[[float], None]]:
+        with undisturbed(model) as guard, _ray(model, update, guard, upcast=upcast) as move:
+            yield move
+
+    return _Line(slope=update.slope, norm=update.norm, upcast=upcast, points=points)
+
+
 def _update_direction(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     direction: Mapping[str, Tensor] | None,
 ) -> UpdateDirection:
-    _refuse_unsupported(model)
-    if optimizer is not None and direction is None:
-        return optimizer_direction(model, optimizer)
-    if direction is not None and optimizer is None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise DirectionError(f"parameter {name!r} is on the meta device: load its weights.")
+    if direction is not None:
+        _refuse_both(optimizer)
         return mapping_direction(model, direction)
-    found = "neither" if optimizer is None else "both"
-    raise ConfigError(f"pass exactly one of optimizer= and direction=; found {found}.")
+    if optimizer is None:
+        raise ConfigError("pass exactly one of optimizer= and direction=; found neither.")
+    return optimizer_direction(model, optimizer)
+
+
+def _refuse_both(optimizer: torch.optim.Optimizer | None) -> None:
+    if optimizer is not None:
+        raise ConfigError("pass exactly one of optimizer= and direction=; found both.")
 
 
 @contextmanager
@@ -216,8 +294,6 @@ def _hint(upcast: bool) -> Iterator[None]:
 
 
 def _needs_upcast(update: UpdateDirection, half_precision: HalfPrecision) -> bool:
-    if half_precision not in ("upcast", "cast"):
-        raise ConfigError(f"half_precision is 'upcast' or 'cast'; found {half_precision!r}.")
     moves_half = any(p.dtype in HALF_PRECISION for p in update.parameters)
     return moves_half and half_precision == "upcast"
 
@@ -244,21 +320,3 @@ def _process_group(model: nn.Module) -> "torch.distributed.ProcessGroup | None":
         group: torch.distributed.ProcessGroup = model.process_group
         return group
     return None
-
-
-def _refuse_unsupported(model: nn.Module) -> None:
-    """Sharded models and parameters without memory have no ray that is ours to move."""
-    parameters = list(model.named_parameters())
-    is_dtensor = any(hasattr(p, "to_local") for _, p in parameters)
-    is_fsdp1 = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
-    is_deepspeed = type(model).__module__.partition(".")[0] == "deepspeed"
-    is_zero3 = any(hasattr(p, "ds_id") for _, p in parameters)
-    if is_dtensor or is_fsdp1 or is_deepspeed or is_zero3:
-        kind = "DeepSpeed" if is_deepspeed or is_zero3 else "FSDP or another DTensor layout"
-        raise ParallelismError(
-            f"this model is sharded ({kind}), which critical_sharpness does not support yet. "
-            "Call it on an unsharded replica, plain or in DistributedDataParallel."
-        )
-    for name, parameter in parameters:
-        if parameter.is_meta:
-            raise DirectionError(f"parameter {name!r} is on the meta device: load its weights.")

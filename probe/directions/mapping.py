@@ -29,6 +29,28 @@ def mapping_direction(model: nn.Module, direction: Mapping[str, Tensor]) -> Upda
     Cost: no copy where dtype and device are the parameter's (fp32 for half precision).
     """
     names = dict(model.named_parameters())
+    given = named_tensors(model, direction, {name: p.shape for name, p in names.items()})
+    delta = [
+        tensor.detach().to(names[name].device, compute_dtype(names[name].dtype))
+        for name, tensor in given.items()
+    ]
+    return UpdateDirection(list(given), [names[name] for name in given], delta, slope=None)
+
+
+def named_tensors(
+    model: nn.Module, direction: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
+    """The caller's tensors by canonical name, after every check that needs no values.
+
+    Args:
+        model: Names are those of its `named_parameters`.
+        direction: fqn -> tensor.
+        shapes: Canonical fqn -> shape of every parameter that can be moved.
+
+    Raises:
+        DirectionError: Names missing or unknown, a shape that differs, not dense floats.
+    """
+    names = dict(model.named_parameters())
     canonical = {id(parameter): name for name, parameter in names.items()}
     aliases = {
         alias: canonical[id(parameter)]
@@ -41,8 +63,15 @@ def mapping_direction(model: nn.Module, direction: Mapping[str, Tensor]) -> Upda
             f"the direction names {len(given)} of {len(names)} parameters; missing: "
             f"{_listed(missing)}. Give zeros for a trainable parameter that shall not move."
         )
-    delta = [_like(names[name], name, tensor) for name, tensor in given.items()]
-    return UpdateDirection(list(given), [names[name] for name in given], delta, slope=None)
+    fixed = [name for name in given if name not in shapes]
+    if fixed:
+        raise DirectionError(
+            f"{_listed(fixed)} cannot be moved: it is frozen, and this run shards only what it "
+            "trains. Leave it out of the direction."
+        )
+    for name, tensor in given.items():
+        _check_like(name, shapes[name], tensor)
+    return given
 
 
 def _by_canonical_name(
@@ -64,17 +93,16 @@ def _by_canonical_name(
     return given
 
 
-def _like(parameter: nn.Parameter, name: str, tensor: Tensor) -> Tensor:
-    if tensor.shape != parameter.shape:
+def _check_like(name: str, shape: torch.Size, tensor: Tensor) -> None:
+    if tensor.shape != shape:
         raise DirectionError(
             f"the direction of {name!r} has shape {tuple(tensor.shape)}; the parameter has "
-            f"{tuple(parameter.shape)}."
+            f"{tuple(shape)}."
         )
     if tensor.layout is not torch.strided or not tensor.is_floating_point():
         raise DirectionError(
             f"the direction of {name!r} is {tensor.layout} {tensor.dtype}; give a dense float one."
         )
-    return tensor.detach().to(parameter.device, compute_dtype(parameter.dtype))
 
 
 def _listed(names: list[str]) -> str:

@@ -12,7 +12,7 @@ from probe.directions.sgd import sgd_direction
 from probe.directions.update import UpdateDirection
 from probe.errors import DirectionError
 
-Reader: TypeAlias = Callable[[nn.Parameter, Tensor, Mapping[str, Any], Mapping[str, Any]], Tensor]
+Reader: TypeAlias = Callable[[Tensor, Tensor, Mapping[str, Any], Mapping[str, Any]], Tensor]
 
 
 def optimizer_direction(model: nn.Module, optimizer: torch.optim.Optimizer) -> UpdateDirection:
@@ -31,14 +31,14 @@ def optimizer_direction(model: nn.Module, optimizer: torch.optim.Optimizer) -> U
 
     Cost: memory one fp32 (fp64) tensor per parameter; no forward pass.
     """
-    optimizer = _unwrapped(optimizer)
-    reader = _reader_of(optimizer)
+    optimizer = unwrapped(optimizer)
+    reader = reader_of(optimizer)
     fqn = {id(p): name for name, p in model.named_parameters()}
     names: list[str] = []
     parameters: list[nn.Parameter] = []
     delta: list[Tensor] = []
     slope = 0.0
-    for scale, group in zip(_scales(optimizer), optimizer.param_groups, strict=True):
+    for scale, group in zip(rate_ratios(optimizer), optimizer.param_groups, strict=True):
         for parameter in group["params"]:
             if id(parameter) not in fqn:
                 raise DirectionError(
@@ -49,7 +49,7 @@ def optimizer_direction(model: nn.Module, optimizer: torch.optim.Optimizer) -> U
             if parameter.grad is None:
                 continue
             name = fqn[id(parameter)]
-            grad = _dense(name, parameter.grad)
+            grad = dense_gradient(name, parameter.grad)
             # .get: indexing optimizer.state would create the entry
             step = reader(parameter, grad, group, optimizer.state.get(parameter, {}))
             if scale != 1.0:
@@ -66,8 +66,32 @@ def optimizer_direction(model: nn.Module, optimizer: torch.optim.Optimizer) -> U
     return UpdateDirection(names, parameters, delta, slope)
 
 
+def next_step(
+    reader: Reader,
+    theta: Tensor,
+    group: Mapping[str, Any],
+    state: Mapping[str, Any],
+    scale: float,
+) -> Callable[[Tensor], Tensor]:
+    """The step of one tensor as a function of its gradient: what is subtracted, over the lr.
+
+    Args:
+        reader: Of the optimizer's class.
+        theta: The parameter, or a part of it.
+        group: Hyperparameters of its parameter group.
+        state: Moments of the same shape; empty before the first step.
+        scale: The group's lr over the first group's.
+    """
+
+    def direction(grad: Tensor) -> Tensor:
+        delta = reader(theta.detach(), grad, group, state)
+        return delta if scale == 1.0 else delta.mul_(scale)
+
+    return direction
+
+
 def _read_adam(
-    parameter: nn.Parameter, grad: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+    parameter: Tensor, grad: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> Tensor:
     return adamw_direction(
         parameter.detach(),
@@ -86,7 +110,7 @@ def _read_adam(
 
 
 def _read_sgd(
-    parameter: nn.Parameter, grad: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+    parameter: Tensor, grad: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> Tensor:
     return sgd_direction(
         parameter.detach(),
@@ -108,14 +132,14 @@ READERS: Mapping[type[torch.optim.Optimizer], Reader] = {
 }
 
 
-def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer inside accelerate's wrapper, which delegates to it."""
-    inner = getattr(optimizer, "optimizer", None)
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside accelerate's wrapper, which delegates to it; torch's or DeepSpeed's."""
     is_wrapper = type(optimizer).__module__.partition(".")[0] == "accelerate"
-    return inner if is_wrapper and isinstance(inner, torch.optim.Optimizer) else optimizer
+    inner = getattr(optimizer, "optimizer", None)
+    return inner if is_wrapper and inner is not None else optimizer
 
 
-def _reader_of(optimizer: torch.optim.Optimizer) -> Reader:
+def reader_of(optimizer: torch.optim.Optimizer) -> Reader:
     """By exact class: a subclass may step differently."""
     reader = READERS.get(type(optimizer))
     if reader is None:
@@ -129,7 +153,7 @@ def _reader_of(optimizer: torch.optim.Optimizer) -> Reader:
     return reader
 
 
-def _scales(optimizer: torch.optim.Optimizer) -> list[float]:
+def rate_ratios(optimizer: torch.optim.Optimizer) -> list[float]:
     """Each group's lr over the first group's; one group needs no ratio, whatever its lr."""
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     if len(rates) == 1:
@@ -143,7 +167,7 @@ def _scales(optimizer: torch.optim.Optimizer) -> list[float]:
     return [rate / rates[0] for rate in rates]
 
 
-def _dense(name: str, grad: Tensor) -> Tensor:
+def dense_gradient(name: str, grad: Tensor) -> Tensor:
     if grad.layout is not torch.strided or grad.is_complex():
         kind = "complex" if grad.is_complex() else str(grad.layout).removeprefix("torch.")
         raise DirectionError(
