@@ -154,6 +154,38 @@ def test_run_goes_on_after_a_failed_unit_and_ends_with_its_error(
     assert done.stderr.strip().endswith("error: 0000-step-0: NaN")
 
 
+def test_run_starts_as_many_ranks_as_the_job_asks_for(
+    probe: Any, wire: Any, job_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clients.cli import run
+
+    pretend(monkeypatch, job_file.parent, series(wire, 800.0))
+    started: list[list[str]] = []
+    start_child = run.start_child
+
+    def noted(module: str, arguments: list[str], **options: Any) -> Any:
+        started.append([module, *arguments[:-1]])
+        return start_child(module, arguments, **options)
+
+    monkeypatch.setattr(run, "start_child", noted)
+    assert probe("run", str(job_file), "--set", "parallel.ranks=1").exit_code == 0
+    assert probe("run", str(job_file), "--set", "parallel.ranks=3").exit_code == 0
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m"]
+    assert started == [["probe.rank", "--spec"], [*torchrun, "probe.rank", "--spec"]]
+
+
+def test_run_tells_the_error_of_the_rank_that_failed(
+    probe: Any, job_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noticed = {"type": "error", "unit_id": "0000-step-0", "rank": 0, "code": "parallelism_error"}
+    own = {"type": "error", "unit_id": "0000-step-0", "rank": 1, "code": "checkpoint_error"}
+    events = [noticed | {"message": "rank 1 failed"}, own | {"message": "torn file"}]
+    pretend(monkeypatch, job_file.parent, events, status=1)  # torchrun has ended rank 0
+    done = probe("run", str(job_file), "--set", "parallel.ranks=2")
+    assert done.exit_code == 2  # bad input, as a checkpoint_error is; lost ranks would be 1
+    assert done.stderr.strip().endswith("error: 0000-step-0: rank 1: torn file")
+
+
 def test_an_interrupted_run_keeps_what_is_finished(
     probe: Any, wire: Any, job_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
