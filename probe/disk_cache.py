@@ -61,13 +61,21 @@ def limit_from(variable: str) -> int | None:
         raise ConfigError(f"{variable}: {error}") from error
 
 
-class Entry:
+class Lock:
+    """A lock of this process; the system releases it when the process ends, however it ends."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Made by `hold` and `hold_name`; let go of when this object is."""
+        self.close = weakref.finalize(self, os.close, descriptor)
+
+
+class Entry(Lock):
     """One directory of the cache; not removed while this object lives."""
 
-    def __init__(self, directory: Path, lock: int) -> None:
+    def __init__(self, directory: Path, descriptor: int) -> None:
         """Made by `hold`."""
+        super().__init__(descriptor)
         self.directory = directory
-        self.close = weakref.finalize(self, os.close, lock)
 
 
 def hold(kind: str, key: str) -> Entry:
@@ -83,7 +91,7 @@ def hold(kind: str, key: str) -> Entry:
     Cost: waits only while another process removes this very entry.
     """
     assert kind in KINDS, kind
-    name = hashlib.sha256(key.encode()).hexdigest()[:24]
+    name = _hashed(key)
     directory = asset_directory() / kind / name
     try:
         lock = _open_lock(f"{kind}.{name}")
@@ -93,6 +101,33 @@ def hold(kind: str, key: str) -> Entry:
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be kept: {error.strerror or error}") from error
     return Entry(directory, lock)
+
+
+def hold_name(name: str) -> Lock:
+    """Mark something that lies elsewhere as used now and in use.
+
+    Raises:
+        CheckpointError: The cache, where the mark is kept, cannot be written.
+    """
+    descriptor = _named_lock(name)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    os.utime(descriptor)
+    return Lock(descriptor)
+
+
+def take_name(name: str) -> Lock | None:
+    """Keep everybody from beginning to use something; None where somebody uses it."""
+    descriptor = _named_lock(name)
+    if try_lock(descriptor):
+        return Lock(descriptor)
+    os.close(descriptor)
+    return None
+
+
+def last_hold(name: str) -> float | None:
+    """When something was last held, in seconds since the epoch; None: never."""
+    path = asset_directory() / _LOCKS / f"one.{_hashed(name)}"
+    return path.stat().st_mtime if path.exists() else None
 
 
 @contextmanager
@@ -105,12 +140,7 @@ def only_one(name: str) -> Iterator[None]:
     Raises:
         CheckpointError: The cache cannot be written.
     """
-    try:
-        lock = _open_lock(f"one.{hashlib.sha256(name.encode()).hexdigest()[:24]}")
-    except OSError as error:
-        raise CheckpointError(
-            f"{asset_directory()}: cannot be written: {error.strerror or error}"
-        ) from error
+    lock = _named_lock(name)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -198,6 +228,19 @@ def try_lock(lock: int) -> bool:
             return False
         raise
     return True
+
+
+def _hashed(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:24]
+
+
+def _named_lock(name: str) -> int:
+    try:
+        return _open_lock(f"one.{_hashed(name)}")
+    except OSError as error:
+        raise CheckpointError(
+            f"{asset_directory()}: cannot be written: {error.strerror or error}"
+        ) from error
 
 
 def _open_lock(name: str) -> int:

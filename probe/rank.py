@@ -5,7 +5,7 @@ than that worker; each rank of a gang has a connection of its own and gets every
 `--spec` it measures a whole job by itself and prints the same events on stdout. Logs go to stderr.
 Rank 0 speaks for all; of the others only `ready` and errors are heard.
 
-    worker -> rank: job {spec} | unit {unit, eta_init} | stop
+    worker -> rank: job {spec} | unit {unit, eta_init, next} | stop
     rank -> worker: ready {pid, device, rank} | progress {unit_id, data} | result {unit_id, result}
                     | error {unit_id, code, message, retryable, traceback, rank}
 """
@@ -37,7 +37,9 @@ from probe.parallel.join import (
 )
 from probe.placement import backend_for
 from probe.plan import expand_units
+from probe.prefetch import Prefetcher
 from probe.result import Unit, UnitResult, eta_init_hint
+from probe.spec import AdamW
 from probe.spec_load import load_spec, parse_spec
 
 if TYPE_CHECKING:
@@ -97,6 +99,7 @@ class Measurer:
         self._send = send
         self._collective_timeout_s = collective_timeout_s
         self._session: Session | None = None
+        self._prefetcher: Prefetcher | None = None  # one on every machine
 
     def start_job(self, raw: Any) -> bool:
         """A new job: earlier model, tokenizer and batches are let go. False after an error."""
@@ -108,26 +111,38 @@ class Measurer:
             backend = backend_for(spec.parallel, world_size())
             join_ranks(backend, spec.model.device, self._collective_timeout_s)
             self._session = Session(spec)
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                optimizer = spec.optimizer
+                wanted = isinstance(optimizer, AdamW) and optimizer.moments != "warmup"
+                self._prefetcher = Prefetcher(wants_moments=wanted)
         except Exception as error:
             self._send(error_event(error, None))
             return False
         return True
 
-    def measure(self, raw: Any, eta_init: dict[str, float] | None) -> dict[str, Any] | None:
-        """One unit: progress, then its result or its error. Returns the result sent, if any."""
+    def measure(
+        self, raw: Any, eta_init: dict[str, float] | None, upcoming: Any = None
+    ) -> dict[str, Any] | None:
+        """One unit: progress, then its result or its error. Returns the result sent, if any.
+
+        Args:
+            raw: The unit.
+            eta_init: First guess per loss batch.
+            upcoming: The unit after it, whose checkpoint is fetched once this one's is here.
+        """
         unit_id = raw.get("unit_id") if isinstance(raw, dict) else None
+
+        def on_progress(data: dict[str, Any]) -> None:
+            self._send({"type": "progress", "unit_id": unit_id, "data": data})
+            if upcoming is not None and self._prefetcher is not None and data["phase"] != "load":
+                self._prefetcher.begin(Unit.model_validate(upcoming).checkpoint)
+
         try:
             if self._session is None:
                 raise ConfigError("a unit came before its job was accepted")
             unit = Unit.model_validate(raw)
             with lost_contact_explained():
-                result = self._session.measure(
-                    unit,
-                    eta_init=eta_init,
-                    on_progress=lambda data: self._send(
-                        {"type": "progress", "unit_id": unit_id, "data": data}
-                    ),
-                )
+                result = self._session.measure(unit, eta_init=eta_init, on_progress=on_progress)
         except (BrokenPipeError, ConnectionError):
             raise  # nobody is listening any more
         except Exception as error:
@@ -186,7 +201,7 @@ def _serve(lines: TextIO, send: Send, collective_timeout_s: float) -> int:
             if message["type"] == "job":
                 measurer.start_job(message["spec"])
             elif message["type"] == "unit":
-                measurer.measure(message["unit"], message.get("eta_init"))
+                measurer.measure(message["unit"], message.get("eta_init"), message.get("next"))
             else:
                 unknown = ConfigError(f"unknown message type {message['type']!r}")
                 send(error_event(unknown, None))
@@ -246,8 +261,8 @@ def _run_units(measurer: Measurer, units: list[Unit], out: str | None) -> int:
     """Measure units in order, each starting from the hint of the one before; count the failed."""
     num_failed = 0
     eta_init: dict[str, float] | None = None
-    for unit in units:
-        event = measurer.measure(unit.model_dump(mode="json"), eta_init)
+    for unit, upcoming in zip(units, [*units[1:], None], strict=True):
+        event = measurer.measure(unit.model_dump(mode="json"), eta_init, upcoming)
         if event is None:
             num_failed += 1
             if world_size() > 1:

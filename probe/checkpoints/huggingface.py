@@ -67,6 +67,7 @@ class HuggingFaceSource:
         self._layout: Layout = read_layout(directory)
         _refuse_what_cannot_be_measured(directory)
         self.directory = directory
+        self.keep: object = None  # what must live as long as this source: a lock on its files
         self.ref = ref.model_copy(
             update={
                 "format": self._layout.format,

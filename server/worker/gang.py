@@ -123,14 +123,20 @@ class Gang:
         self._exited = asyncio.create_task(self._agent.wait())
 
     async def measure(
-        self, unit: Unit, eta_init: dict[str, float] | None, on_progress: OnProgress
+        self,
+        unit: Unit,
+        eta_init: dict[str, float] | None,
+        on_progress: OnProgress,
+        upcoming: Unit | None = None,
     ) -> UnitResult:
-        """Measure one unit.
+        """Measure one unit; the checkpoint of the upcoming one is fetched meanwhile.
 
         Raises:
             UnitFailedError: The ranks reported an error, died, fell silent or sent nonsense.
         """
-        await self._send({"type": "unit", "unit": unit.model_dump(), "eta_init": eta_init})
+        following = None if upcoming is None else upcoming.model_dump()
+        asked = {"type": "unit", "unit": unit.model_dump(), "eta_init": eta_init, "next": following}
+        await self._send(asked)
         while True:
             try:
                 async with asyncio.timeout(self._no_progress_s):

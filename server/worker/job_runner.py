@@ -130,7 +130,9 @@ class JobRunner:
             gang = self._gangs.get(job_id) or await self._start_gang(job_id)
             started = about | {"attempt": attempt, "device": gang.device}
             await self._database(self._store.append_event, job_id, "unit.started", started)
-            return await gang.measure(unit, eta_init, self._throttled(job_id, about))
+            following = self._plans[job_id].units[unit.index + 1 : unit.index + 2]
+            upcoming = following[0] if following else None
+            return await gang.measure(unit, eta_init, self._throttled(job_id, about), upcoming)
         except BaseException:
             # Also when cancelled. After any error the next try gets fresh processes: an
             # out-of-memory or a CUDA fault leaves more behind than can be cleaned up.

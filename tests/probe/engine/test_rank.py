@@ -244,10 +244,11 @@ def test_the_guess_outlives_a_unit_without_an_answer(monkeypatch):
     ref = CheckpointRef(source="local", location="x")
     hints = {"0": {"update": 0.5}, "1": None, "2": None}
     units = [Unit(index=i, unit_id=str(i), checkpoint=ref) for i in range(3)]
-    guesses = []
+    guesses, following = [], []
 
-    def measure(_self, raw, eta_init):
+    def measure(_self, raw, eta_init, upcoming):
         guesses.append(eta_init)
+        following.append(upcoming)
         return {"result": raw["unit_id"]}
 
     monkeypatch.setattr(Measurer, "measure", measure)
@@ -255,6 +256,7 @@ def test_the_guess_outlives_a_unit_without_an_answer(monkeypatch):
     monkeypatch.setattr("probe.rank.eta_init_hint", hints.get)
     assert _run_units(Measurer(lambda _message: None), units, None) == 0
     assert guesses == [None, {"update": 0.5}, {"update": 0.5}]
+    assert following == [units[1], units[2], None]  # whose checkpoints are fetched ahead
 
 
 def test_a_broken_job_file_is_one_error_and_done(tmp_path):

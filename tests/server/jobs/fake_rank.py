@@ -39,6 +39,8 @@ def main() -> None:
         if message["type"] == "job":
             spec = message["spec"]
         elif message["type"] == "unit":
+            if message["next"] is not None:
+                note(Path(spec["journal"]), "next", message["next"]["unit_id"])
             measure(spec, message["unit"], message["eta_init"], send, connection)
         else:
             return

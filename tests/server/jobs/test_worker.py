@@ -27,6 +27,7 @@ def test_a_job_runs_its_units_in_order_and_tells_what_it_does(lab):
     assert (view.num_units, view.num_units_finished, view.num_forward_passes) == (3, 3, 12)
     assert view.created_at <= view.started_at <= view.finished_at
     assert eta_c(lab, job_id) == EXPECTED_ETA_C
+    assert lab.journal(job_id, "next") == [1, 2]  # what each rank may fetch ahead
     events = lab.store.events_after(job_id, 0)
     assert [event.id for event in events] == list(range(1, len(events) + 1))
     types = [event.type for event in events if event.type != "unit.progress"]
