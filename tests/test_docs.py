@@ -1,5 +1,6 @@
 """What the README and the docs promise: commands exist, code runs and prints what is shown."""
 
+import os
 import re
 import subprocess
 import sys
@@ -56,6 +57,35 @@ def test_the_readmes_loop_prints_what_it_shows() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout == shown
+
+
+# DeepSpeed would compile a CPU operator that two CPU ranks can do without.
+NOTHING_COMPILED = (
+    "import deepspeed\ndeepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False\n"
+)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["fsdp2", "deepspeed"])
+def test_sharded_loops_print_what_the_page_shows(kind: str, tmp_path: Path) -> None:
+    blocks = BLOCK.findall((ROOT / "docs" / "training-loop.md").read_text())
+    fsdp2, deepspeed = (text for language, text in blocks if language == "python")
+    shown = next(text for language, text in blocks if language == "text")
+    file = tmp_path / "train.py"
+    file.write_text(fsdp2 if kind == "fsdp2" else NOTHING_COMPILED + deepspeed)
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc-per-node", "2", str(file)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    printed = [line for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert printed == shown.splitlines()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
