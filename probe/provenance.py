@@ -10,7 +10,10 @@ import torch
 
 import probe
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "flash-attn")
+_PACKAGES = (
+    *("torch", "transformers", "tokenizers", "safetensors", "datasets"),
+    *("flash-attn", "deepspeed"),
+)
 
 
 @cache
