@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from probe.spec import KINDS
+from probe.kinds import KINDS
 
 PAGE = Path(__file__).parent / "jobs.md"
 EXAMPLE = Path(__file__).parents[1] / "configs" / "demo-series.yaml"

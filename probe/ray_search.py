@@ -17,7 +17,7 @@ from probe.parallel import ShardedModel
 from probe.perturb import Ray
 from probe.progress import Meter
 from probe.result import LossBatch, Measurement
-from probe.spec import MeasurementOptions
+from probe.spec import SearchOptions
 
 
 def loss_resolution(
@@ -103,7 +103,7 @@ class RaySearch:
         self,
         model: ShardedModel,
         loss: CausalLoss,
-        options: MeasurementOptions,
+        options: SearchOptions,
         meter: Meter,
         name: str,
         eta_init: float | None,

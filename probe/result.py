@@ -62,6 +62,9 @@ class Unit(ResultModel):
     index: int = Field(ge=0)
     unit_id: str = Field(description="Stable inside its job, for example `0003-step-120`.")
     checkpoint: CheckpointRef
+    ratio: float | None = Field(
+        None, description="mix_scan with exact gradients: the one ratio measured in this unit."
+    )
     learning_rate: float | None = Field(
         None, description="Learning rate the run used at this step, where it is known."
     )

@@ -383,7 +383,3 @@ class CheckpointSeriesSpec(SpecModel):
         if len(set(names)) < len(names):
             raise ValueError(f"source names must differ, got {names}")
         return value
-
-
-JobSpec = CheckpointSeriesSpec
-KINDS: dict[str, type[JobSpec]] = {"checkpoint_series": CheckpointSeriesSpec}

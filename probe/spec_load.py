@@ -16,7 +16,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from probe.errors import ConfigError
-from probe.spec import KINDS, JobSpec
+from probe.kinds import KINDS, JobSpec
+from probe.spec import SpecModel
 
 # Discriminator tags that pydantic puts into error locations; they are not keys of the spec.
 _TAGS = frozenset({"local", "hub", "gguf", "adamw", "sgd", "files", "text", "question_answer"})
@@ -100,12 +101,12 @@ def parse_spec(raw: Any) -> JobSpec:
         raise SpecError([_problem(KINDS[kind], e) for e in error.errors()]) from None
 
 
-def resolved(spec: JobSpec) -> dict[str, Any]:
+def resolved(spec: SpecModel) -> dict[str, Any]:
     """The spec with every default filled in, as plain JSON values."""
     return spec.model_dump(mode="json")
 
 
-def spec_sha256(spec: JobSpec) -> str:
+def spec_sha256(spec: SpecModel) -> str:
     """Hash of the resolved spec: equal for two files that mean the same measurement.
 
     The name and the labels are for people and left out.
