@@ -1,4 +1,4 @@
-"""How large a checkpoint's model is, from file headers alone (torch-free)."""
+"""How large a checkpoint's model is, from file headers or because it is known (torch-free)."""
 
 import json
 import math
@@ -21,11 +21,22 @@ class ModelSize:
     largest_group: int  # of the embedding, a layer, or norm with output layer: gathered at once
 
 
+# Of the runs in probe.known_models. The largest group is norm with output layer in all of them.
+KNOWN_SIZES = {
+    "allenai/OLMo-2-0425-1B": ModelSize(1_484_916_736, 205_522_944),
+    "allenai/OLMo-2-1124-7B": ModelSize(7_298_617_344, 411_045_888),
+    "allenai/OLMo-2-1124-13B": ModelSize(13_716_198_400, 513_807_360),
+    "allenai/OLMo-2-0325-32B": ModelSize(32_234_279_936, 513_807_360),
+}
+
+
 def model_size(checkpoint: CheckpointRef) -> ModelSize | None:
-    """Size of a local directory's model; None where no safetensors header tells it.
+    """Size of a local directory's model, or of a known hub repository's; None where nothing tells.
 
     Cost: one small read per file.
     """
+    if checkpoint.source == "hub":
+        return KNOWN_SIZES.get(checkpoint.location)
     if checkpoint.source != "local":
         return None
     shapes: dict[str, list[int]] = {}

@@ -1,9 +1,11 @@
 """Sizes from safetensors headers, against the models transformers builds."""
 
 import pytest
+import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Olmo2Config, Olmo2ForCausalLM
 
-from probe.model_size import model_size
+from probe.known_models import KNOWN_STAGES
+from probe.model_size import KNOWN_SIZES, model_size
 from probe.result import CheckpointRef
 
 OLMO2 = {
@@ -51,3 +53,38 @@ def test_layers_of_other_names(tmp_path):
 @pytest.mark.parametrize("source", ["local", "hub", "gguf"])
 def test_what_has_no_headers_here_has_no_size(tmp_path, source):
     assert model_size(CheckpointRef(source=source, location=str(tmp_path))) is None
+
+
+# hidden, intermediate, layers, heads, key/value heads: from the config.json of each repository
+PUBLISHED = {
+    "allenai/OLMo-2-0425-1B": (2048, 8192, 16, 16, 16),
+    "allenai/OLMo-2-1124-7B": (4096, 11008, 32, 32, 32),
+    "allenai/OLMo-2-1124-13B": (5120, 13824, 40, 40, 40),
+    "allenai/OLMo-2-0325-32B": (5120, 27648, 64, 40, 8),
+}
+
+
+def test_every_known_run_has_a_size():
+    assert set(KNOWN_SIZES) == set(KNOWN_STAGES) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("repo", PUBLISHED)
+def test_the_size_of_a_published_model(repo):
+    hidden, intermediate, layers, heads, key_value_heads = PUBLISHED[repo]
+    with torch.device("meta"):
+        model = Olmo2ForCausalLM(
+            Olmo2Config(
+                vocab_size=100352,
+                hidden_size=hidden,
+                intermediate_size=intermediate,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=key_value_heads,
+                tie_word_embeddings=False,
+            )
+        )
+    size = model_size(CheckpointRef(source="hub", location=repo, revision="main"))
+    assert size.num_parameters == num_elements(model)
+    groups = [[model.model.embed_tokens], [model.model.norm, model.lm_head]]
+    groups += [[layer] for layer in model.model.layers]
+    assert size.largest_group == max(num_elements(*group) for group in groups)
