@@ -72,19 +72,7 @@ def find_deepspeed_files(directory: Path) -> DeepSpeedFiles:
                 raise _not_covered(tag / name, what)
     optimizer = _by_rank(tag, names, _OPTIMIZER)
     model = _by_rank(tag, names, _MODEL)
-    if not model:
-        raise CheckpointError(f"{tag}: no model_states.pt beside {optimizer[0].name}")
-    if not optimizer:
-        raise CheckpointError(
-            f"{tag}: no zero_pp_rank_0_mp_rank_00_optim_states.pt beside {model[0].name}; only "
-            "ZeRO stages 1, 2 and 3 are read. Save safetensors with save_16bit_model, or with "
-            "probe.checkpoints.save_checkpoint"
-        )
-    if len(model) not in (1, len(optimizer)):
-        raise CheckpointError(
-            f"{tag}: found {len(model)} model_states.pt and {len(optimizer)} optim_states.pt, "
-            "expected as many. Files of two runs, or a rank's file was not copied"
-        )
+    _check_counts(tag, model, optimizer)
     for path in (*model, *optimizer):
         check_archive(path)
     step = _step(directory, tag)
@@ -182,6 +170,22 @@ def _by_rank(tag: Path, names: list[str], pattern: re.Pattern[str]) -> tuple[Pat
                 "The save was cut off, or the file was not copied"
             )
     return tuple(found[rank] for rank in sorted(found))
+
+
+def _check_counts(tag: Path, model: tuple[Path, ...], optimizer: tuple[Path, ...]) -> None:
+    if not model:
+        raise CheckpointError(f"{tag}: no model_states.pt beside {optimizer[0].name}")
+    if not optimizer:
+        raise CheckpointError(
+            f"{tag}: no zero_pp_rank_0_mp_rank_00_optim_states.pt beside {model[0].name}; only "
+            "ZeRO stages 1, 2 and 3 are read. Save safetensors with save_16bit_model, or with "
+            "probe.checkpoints.save_checkpoint"
+        )
+    if len(model) not in (1, len(optimizer)):
+        raise CheckpointError(
+            f"{tag}: found {len(model)} model_states.pt and {len(optimizer)} optim_states.pt, "
+            "expected as many. Files of two runs, or a rank's file was not copied"
+        )
 
 
 def _not_covered(path: Path, what: str) -> CheckpointError:

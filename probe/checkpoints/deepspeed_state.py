@@ -125,9 +125,21 @@ def read_zero_state(files: DeepSpeedFiles) -> ZeroState:
     Cost: unpickles the structure; tensors stay on disk until they are read.
     """
     models = [load_states(path) for path in files.model_states]
+    opened = [_optimizer(path) for path in files.optimizer_states]
+    try:
+        return _fitted(files, models, opened)
+    except (AttributeError, TypeError, LookupError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{files.tag}: malformed states: {error or type(error).__name__}; expected those of "
+            "DeepSpeed 0.7 or newer"
+        ) from error
+
+
+def _fitted(
+    files: DeepSpeedFiles, models: list[dict[str, Any]], opened: list[dict[str, Any]]
+) -> ZeroState:
     for path, model in zip(files.model_states, models, strict=True):
         _check_model(path, model, files)
-    opened = [_optimizer(path) for path in files.optimizer_states]
     for path, optimizer in zip(files.optimizer_states, opened, strict=True):
         _check_world(path, optimizer, len(opened))
     partitions = [
@@ -146,20 +158,26 @@ def read_zero_state(files: DeepSpeedFiles) -> ZeroState:
         pieces = _even_pieces(groups, partitions)
     else:
         pieces = _mapped_pieces(groups, opened, partitions)
-    counts = {kind: sum(kind in p.flat for rank in partitions for p in rank) for kind in _MOMENTS}
-    if len(set(counts.values()) | {len(partitions) * len(partitions[0]), 0}) > 2:
-        raise CheckpointError(
-            f"{files.tag}: found {counts} partitions with moments, expected all "
-            f"{len(partitions) * len(partitions[0])} or none; the optimizer state is incomplete"
-        )
     shared = models[0].get("shared_params") or {}
     return ZeroState(
         partitions=partitions,
         shapes={name: shape for group in groups for name, shape in group.items()},
         pieces=pieces,
         shared={str(name): str(other) for name, other in shared.items()},
-        has_moments=counts["exp_avg"] > 0,
+        has_moments=_has_moments(partitions, files.tag),
     )
+
+
+def _has_moments(partitions: Sequence[Sequence[Partition]], tag: Path) -> bool:
+    """Whether every partition has both of Adam's moments; False where none has the second."""
+    everywhere = sum(len(rank) for rank in partitions)
+    counts = {kind: sum(kind in p.flat for rank in partitions for p in rank) for kind in _MOMENTS}
+    if counts["exp_avg_sq"] and set(counts.values()) != {everywhere}:
+        raise CheckpointError(
+            f"{tag}: found {counts} partitions with moments, expected all {everywhere} or none; "
+            "the optimizer state is incomplete"
+        )
+    return counts["exp_avg_sq"] > 0
 
 
 def load_states(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from probe.spec import LocalCheckpoints
 pytestmark = pytest.mark.distributed
 
 RANKS = Path(__file__).with_name("deepspeed_ranks.py")
+TRAINER = Path(__file__).with_name("deepspeed_trainer.py")
 ON_TWO = {  # case -> the optimizer DeepSpeed makes of it
     "z1-fp32": "DeepSpeedZeroOptimizer",
     "z2-bf16": "DeepSpeedZeroOptimizer",
@@ -40,24 +41,29 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 
 def run_ranks(directory: Path, size: int, cases: list[str]) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ranks = [
+    run([[str(RANKS), str(directory), str(rank), str(size), *cases] for rank in range(size)])
+
+
+def run(scripts: list[list[str]]) -> None:
+    """Scripts side by side, none of which may fail or outlive the others."""
+    children = [
         subprocess.Popen(
-            [sys.executable, str(RANKS), str(directory), str(rank), str(size), *cases],
+            [sys.executable, *script],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-        for rank in range(size)
+        for script in scripts
     ]
     try:
-        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+        errors = [child.communicate(timeout=120)[1] for child in children]
     finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, error in zip(ranks, errors, strict=True):
-        assert rank.returncode == 0, error[-3000:]
+        for child in children:
+            child.kill()
+            child.wait()
+    for child, error in zip(children, errors, strict=True):
+        assert child.returncode == 0, error[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +194,24 @@ def test_beside_what_trainer_saves_the_masters_are_read(runs, copy, make_model):
         open_directory(directory)
 
 
+def test_what_trainer_writes_with_deepspeed_is_read(tmp_path):
+    run([[str(TRAINER), str(tmp_path / "run")]])
+    directory = tmp_path / "run" / "checkpoint-3"
+    assert (directory / "trainer_state.json").is_file()
+    assert not any(directory.glob("*.safetensors"))  # under ZeRO-3, where it is not asked for
+    ref = listed(directory)
+    assert (ref.step, ref.format, ref.has_moments) == (3, "deepspeed", True)
+    source = open_checkpoint(ref)
+    loaded = dict(source.load_model(torch.float32, "sdpa").named_parameters())
+    truth = torch.load(tmp_path / "run" / "truth.pt", weights_only=True)
+    assert truth.keys() == loaded.keys()
+    for name, tensors in truth.items():
+        assert torch.equal(loaded[name], tensors["weight"])
+        assert source.hyper(name) == {"step": 3}
+        for kind in KINDS:
+            assert torch.equal(source.read(name, kind), tensors[kind].flatten())
+
+
 def test_the_config_may_be_named_and_must_fit(runs, copy, tmp_path, make_model):
     directory = copy("z3-bf16-on-2")
     (directory / "config.json").rename(tmp_path / "config.json")
@@ -273,6 +297,11 @@ def drop_exp_avg_sq(content) -> None:
     del optimizer_of(content)["state"][0]["exp_avg_sq"]
 
 
+def drop_every_exp_avg_sq(content) -> None:
+    for state in optimizer_of(content)["state"].values():
+        del state["exp_avg_sq"]
+
+
 def drop_mapping(content) -> None:
     content["optimizer_state_dict"]["param_slice_mappings"][0].popitem()
 
@@ -316,6 +345,52 @@ def test_parts_that_do_not_fit_are_named(copy, case, file, change, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         open_directory(directory)
     assert "global_step3" in str(caught.value)
+
+
+JUNK = (None, 0, [], [None], {}, {"a": 1}, "text", torch.zeros(()), torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("case", [Z2, Z3])
+@pytest.mark.parametrize("part", ["optimizer", "base", "state", "model"])
+def test_junk_is_refused_or_makes_no_difference(copy, runs, case, part):
+    """Any one entry replaced by anything: an error of ours, or the right numbers."""
+    directory = copy(case)
+    model = Z2_MODEL if case == Z2 else Z3_MODEL
+    path = directory / "global_step3" / (model if part == "model" else SECOND)
+    original = path.read_bytes()
+    truth = truth_of(runs[case])[UP]
+    owners = {
+        "optimizer": lambda content: content["optimizer_state_dict"],
+        "base": optimizer_of,
+        "state": lambda content: optimizer_of(content)["state"][0],
+        "model": lambda content: content,
+    }
+    keys: list = []
+    edit(path, lambda content: keys.extend(owners[part](content)))
+    num_refused = 0
+    for key in keys:
+        for junk in JUNK:
+            path.write_bytes(original)
+            edit(
+                path, lambda content, key=key, junk=junk: owners[part](content).update({key: junk})
+            )
+            try:
+                source = open_directory(directory)
+                for kind in KINDS:
+                    assert torch.equal(source.read(UP, kind), truth[kind].flatten()), (key, junk)
+            except CheckpointError:
+                num_refused += 1
+    assert num_refused
+
+
+def test_an_optimizer_with_one_moment_has_not_adam_s(copy):
+    directory = copy(Z3)
+    for path in directory.glob("global_step3/*optim_states.pt"):
+        edit(path, drop_every_exp_avg_sq)
+    source = open_directory(directory)
+    assert (source.has_moments, source.ref.has_moments) == (False, False)
+    with pytest.raises(CheckpointError, match=r"no exp_avg_sq .*found weight, exp_avg"):
+        source.read(UP, "exp_avg_sq")
 
 
 def test_a_step_beyond_the_run_s_is_of_another_checkpoint(copy):
