@@ -121,6 +121,13 @@ def _moment_notes(spec: CheckpointSeriesSpec, units: list[Unit]) -> list[str]:
     unknown = sum(unit.checkpoint.has_moments is None for unit in units)
     absent = sum(unit.checkpoint.has_moments is False for unit in units)
     notes = []
+    places = [u.checkpoint.moments_url for u in units if u.checkpoint.moments_url is not None]
+    if places:
+        notes.append(
+            f"optimizer states of {len(places)} of {len(units)} checkpoints are looked for at "
+            f"{places[0]} and the like, and fetched: 8 bytes per parameter each; "
+            "checkpoints.optimizer_states: none leaves them"
+        )
     if unknown:
         notes.append(
             f"whether {unknown} of {len(units)} checkpoints hold optimizer state is known only "

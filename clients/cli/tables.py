@@ -218,6 +218,8 @@ def checkpoints_table(checkpoints: Iterable[CheckpointRef]) -> Table:
     table.add_column("checkpoint", overflow="fold")
     for ref in checkpoints:
         moments = {True: "yes", False: "no", None: "?"}[ref.has_moments]
+        if ref.has_moments is None and ref.moments_url is not None:
+            moments = "published?"  # known only to the worker that fetches them
         table.add_row(
             NONE if ref.step is None else str(ref.step),
             ("~" if ref.num_tokens_rounded else "") + quantity(ref.num_tokens),

@@ -255,6 +255,18 @@ def test_checkpoints_of_a_local_series(probe: Any, job_file: Path) -> None:
     assert "step-100" in probe("checkpoints", "runs/step-*", "--first-step", "50").stdout
 
 
+def test_checkpoints_of_the_hub_by_full_names_need_no_network(probe: Any) -> None:
+    words = ["checkpoints", "allenai/OLMo-2-1124-7B", "--revisions", "stage1-step150-tokens1B"]
+    shown = probe(*words).stdout
+    assert "629.1M" in shown  # 150 steps of 1024 sequences of 4096 tokens; the name rounds them
+    assert "published?" in shown
+    (ref,) = json.loads(probe(*words, "--json").stdout)["data"]
+    assert (ref["num_tokens"], ref["num_tokens_rounded"]) == (629_145_600, False)
+    assert ref["moments_url"].endswith("/peteish7/step150-unsharded/")
+    other = probe("checkpoints", "someone/else", "--revisions", "step150-tokens1B").stdout
+    assert "~1B" in other
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -46,3 +46,11 @@ def test_a_plan_says_why_a_known_run_has_no_threshold(series_spec: dict[str, Any
     stated = hub_plan(series_spec, [revision], type="constant", peak=9e-4)
     assert (stated.units[0].learning_rate, stated.units[0].learning_rate_source) == (9e-4, "spec")
     assert not any("2/eta" in note for note in stated.notes)
+
+
+def test_a_plan_says_where_optimizer_states_would_be_fetched(series_spec: dict[str, Any]) -> None:
+    revision = "stage2-ingredient4-step1000-tokens9B"
+    url = "https://olmo-checkpoints.org/ai2-llm/peteish13/stage2/olmo-13b-1124_stage2_ingredient4"
+    assert any(url in note for note in hub_plan(series_spec, [revision]).notes)
+    series_spec["optimizer"] = {"name": "adamw", "moments": "warmup"}
+    assert not any(url in note for note in hub_plan(series_spec, [revision]).notes)
