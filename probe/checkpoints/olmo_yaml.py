@@ -117,28 +117,38 @@ class _Model:
         return "olmo", found | {"clip_qkv": None if clip is None else self.number("clip_qkv")}
 
     def sizes(self) -> dict[str, Any]:
-        hidden, heads = self.number("d_model"), self.number("n_heads")
+        hidden, heads = self.whole("d_model"), self.whole("n_heads")
+        if hidden % heads:
+            raise self.refused("n_heads", f"a divisor of d_model, {hidden}")
         if self.model.get("mlp_hidden_size") is not None:
-            fused = self.number("mlp_hidden_size")
+            fused = self.whole("mlp_hidden_size")
         else:
-            fused = self.number("mlp_ratio") * hidden
+            fused = self.whole("mlp_ratio") * hidden
         embeddings = "vocab_size" if self.model.get("embedding_size") is None else "embedding_size"
-        key_heads = 1 if self.model.get("multi_query_attention") else self.model.get("n_kv_heads")
         tied = self.model.get("weight_tying")
         if type(tied) is not bool:
             raise self.refused("weight_tying", "true or false")
         return {
             "hidden_size": hidden,
             "num_attention_heads": heads,
-            "num_key_value_heads": key_heads or heads,
-            "num_hidden_layers": self.number("n_layers"),
+            "num_key_value_heads": self.key_heads(heads),
+            "num_hidden_layers": self.whole("n_layers"),
             "intermediate_size": fused // 2,  # up and gate together
-            "vocab_size": self.number(embeddings),
-            "max_position_embeddings": self.number("max_sequence_length"),
+            "vocab_size": self.whole(embeddings),
+            "max_position_embeddings": self.whole("max_sequence_length"),
             "tie_word_embeddings": tied,
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta()},
             **SAME_FOR_ALL,
         }
+
+    def key_heads(self, heads: int) -> int:
+        if self.model.get("multi_query_attention") not in (True, False, None):
+            raise self.refused("multi_query_attention", "true or false")
+        if self.model.get("multi_query_attention"):
+            return 1
+        if self.model.get("n_kv_heads") is None:
+            return heads
+        return self.whole("n_kv_heads")
 
     def rope_theta(self) -> float:
         """10,000 in runs from before it was a field, all of them OLMo-1."""
@@ -156,6 +166,12 @@ class _Model:
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise self.refused(key, "a number above 0")
         return value
+
+    def whole(self, key: str) -> int:
+        value = self.number(key)
+        if value != int(value):
+            raise self.refused(key, "a whole number")
+        return int(value)
 
     def refused(self, key: str, expected: str) -> CheckpointError:
         return CheckpointError(

@@ -373,6 +373,10 @@ def test_numbers_as_yaml_reads_and_defaults_of_the_run(grouped, tmp_path):
         ("block_group_size", 2, "block_group_size is 2, expected 1"),
         ("weight_tying", None, "weight_tying is None, expected true or false"),
         ("rope_theta", None, "rope_theta is None, expected a number"),
+        ("n_heads", 3, "n_heads is 3, expected a divisor of d_model, 16"),
+        ("n_kv_heads", 0, "n_kv_heads is 0, expected a number above 0"),
+        ("n_kv_heads", 1.5, "n_kv_heads is 1.5, expected a whole number"),
+        ("multi_query_attention", "yes", "multi_query_attention is 'yes', expected true or"),
         ("rope_scaling", 8, "rope_scaling is 8, expected nothing there"),
     ],
 )
