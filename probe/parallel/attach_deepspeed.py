@@ -233,7 +233,9 @@ def _refuse_unsupported(engine: Any, zero: Any) -> None:
         "MoE layers": engine.has_moe_layers,
         "tensor parallelism": engine.autotp_size() > 1
         or getattr(zero, "model_parallel_group", None) is not None,
+        "sequence parallelism": getattr(zero, "sequence_parallel_size", 1) > 1,
         "ZenFlow": engine.zenflow,
+        "DeepCompile": engine.is_deepcompile_active(),
         "optimizer offload": _is_on(engine.zero_offload_optimizer()),
         "parameter offload": _is_on(engine.zero_offload_param()),
         "quantized weights": config.zero_quantized_weights

@@ -90,6 +90,8 @@ class Zero(Run):
         self.model.step()
 
     def tensors(self) -> dict[str, Tensor]:
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
         zero = self.model.optimizer
         found: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
@@ -108,6 +110,10 @@ class Zero(Run):
         for index, flat in enumerate(getattr(zero, "fp32_groups_gradients_flat", [])):
             found[f"flat gradient {index}"] = flat
         flags = {**vars(zero._backward_hook_state), "micro": getattr(zero, "micro_step_id", 0)}
+        flags["forward depth"] = len(FWD_MODULE_STACK)
+        for name, module in self.model.named_modules():
+            flags[f"{name} in forward"] = getattr(module._parameters, "_in_forward", False)
+            flags[f"{name} forwards"] = module.__dict__.get("applied_pre_backward_ref_cnt")
         for name, value in flags.items():
             if isinstance(value, int):
                 found[f"flag {name}"] = torch.tensor(value)

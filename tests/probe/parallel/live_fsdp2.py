@@ -23,6 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from probe import agreement, critical_sharpness
+from probe.errors import ParallelismError
 from probe.parallel.attach_fsdp2 import Fsdp2Run
 
 PLAIN = {"dtype": "float32"}
@@ -88,6 +89,8 @@ class Fsdp2(Run):
             found[f"{name} grad"] = parameter.grad.to_local()
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 found[f"{name} {key}"] = value.to_local() if hasattr(value, "to_local") else value
+        state = self.model._get_fsdp_state()
+        found["forwards without backward"] = torch.tensor(len(state._comm_ctx.post_forward_order))
         return found
 
 
@@ -226,7 +229,7 @@ def dtensor_directions(run: Any) -> dict[str, Any]:
 
 
 def out_of_step(run: Any) -> dict[str, Any]:
-    """Rank 1 runs one forward pass more; rank 1 hides an error of its own forward."""
+    """Rank 1 runs a pass more; it hides an error of its pass; rank 0 hides that rank 1 failed."""
 
     def one_more() -> Any:
         if run.rank == 1:
@@ -240,10 +243,19 @@ def out_of_step(run: Any) -> dict[str, Any]:
         except IndexError:
             return 7.0, 1
 
+    def swallowed() -> Any:
+        if run.rank == 1:
+            raise ValueError("no luck")
+        try:
+            return run.loss(PROBED)
+        except ParallelismError:
+            return 7.0, 1
+
     def measure(loss_fn: Any) -> Any:
         return patched([], lambda: critical_sharpness(run.model, loss_fn, optimizer=run.optimizer))
 
-    return {"one more": measure(one_more), "hidden": measure(hidden)}
+    cases = {"one more": one_more, "hidden": hidden, "swallowed": swallowed}
+    return {name: measure(loss_fn) for name, loss_fn in cases.items()}
 
 
 def gathered(run: Any) -> list[bool]:

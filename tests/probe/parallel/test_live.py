@@ -155,6 +155,11 @@ def test_a_failure_on_one_rank_ends_all_and_hangs_none(ranks, kind, case):
         assert "failed on rank [1]" in error[0][1]
 
 
+def test_a_failure_elsewhere_cannot_be_hidden(fsdp2):
+    assert fsdp2[0]["swallowed"].startswith("ParallelismError: the measurement failed on rank [1]")
+    assert fsdp2[1]["swallowed"] == "ValueError: no luck"
+
+
 @pytest.mark.parametrize("case", ["float32", "bfloat16"])
 def test_three_ranks(three, case):
     for rank in three:
