@@ -105,14 +105,16 @@ def _fewest(spec: CheckpointSeriesSpec, size: ModelSize | None, gpus: Sequence[i
 def memory_bytes_per_rank(spec: CheckpointSeriesSpec, size: ModelSize, num_ranks: int) -> int:
     """Weights and buffers of one rank at the peak, activations left out.
 
-    Live weights (in the forward dtype; FSDP2 keeps fp32), and in fp32: the base, the direction,
-    the gradient, two moments for AdamW, and the held-out gradient where there is one. Sharded,
-    each rank has its share of these, and the largest group of layers while it is gathered.
+    Live weights (in the forward dtype; FSDP2 keeps fp32), and in fp32: the base (in host memory
+    where a GPU's is offloaded), the direction, the gradient, two moments for AdamW, and the
+    held-out gradient where there is one. Sharded, each rank has its share of these, and the
+    largest group of layers while it is gathered.
     """
     backend = backend_for(spec.parallel, num_ranks)
     forward = _FP32_BYTES if spec.model.dtype == "float32" else 2
     live = _FP32_BYTES if backend == "fsdp2" else forward
     buffers = 3 + (2 if isinstance(spec.optimizer, AdamW) else 0)
     buffers += 1 if spec.measurement.loss_batch != "update" else 0
+    buffers -= 1 if spec.parallel.offload_base and spec.model.device != "cpu" else 0
     share = -(-size.num_parameters // num_ranks) * (live + buffers * _FP32_BYTES)
     return share if backend == "single" else share + size.largest_group * forward

@@ -65,6 +65,8 @@ def spec(series_spec):
         ({}, "bfloat16", 4, 7 * GB + 0.2 * GB),
         ({"backend": "fsdp2"}, "bfloat16", 1, 28 * GB + 0.2 * GB),
         ({"backend": "deepspeed"}, "bfloat16", 2, 13 * GB + 0.2 * GB),
+        ({"offload_base": True}, "bfloat16", 1, 22 * GB),
+        ({"offload_base": True}, "bfloat16", 4, 6 * GB + 0.2 * GB),
     ],
 )
 def test_memory_of_one_rank(spec, parallel, dtype, num_ranks, expected):
@@ -76,6 +78,11 @@ def test_memory_of_one_rank_with_fewer_buffers(spec):
     assert memory_bytes_per_rank(spec(measurement=update), SIZE, 1) == 24 * GB
     sgd = {"name": "sgd"}
     assert memory_bytes_per_rank(spec(measurement=update, optimizer=sgd), SIZE, 1) == 16 * GB
+
+
+def test_a_cpu_offloads_nothing(spec):
+    job = spec({"offload_base": True}, device="cpu")
+    assert memory_bytes_per_rank(job, SIZE, 1) == 28 * GB
 
 
 @pytest.mark.parametrize(

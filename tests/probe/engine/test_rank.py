@@ -239,6 +239,21 @@ def test_a_whole_spec_without_a_server(series, tmp_path):
     assert numbers(again.model_dump(mode="json")) == numbers(results[1].model_dump(mode="json"))
 
 
+@pytest.mark.slow
+def test_one_rank_of_a_sharded_back_end_needs_no_torchrun(series, tmp_path):
+    spec = series.spec(parallel={"backend": "fsdp2"}, checkpoints__last_step=4)
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps(spec))
+    done = subprocess.run(
+        [sys.executable, "-m", "probe.rank", "--spec", str(job)],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=DEADLINE_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    [result] = [event["result"] for event in events if event["type"] == "result"]
+    assert (result["provenance"]["backend"], result["provenance"]["num_ranks"]) == ("fsdp2", 1)
+
+
 def test_the_guess_outlives_a_unit_without_an_answer(monkeypatch):
     """As in a queued job, so that both give the same numbers."""
     ref = CheckpointRef(source="local", location="x")

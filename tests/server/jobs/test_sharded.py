@@ -119,6 +119,7 @@ def test_an_error_on_one_rank_fails_the_job_with_that_error(lab, sharded, tmp_pa
 
 
 def test_a_silent_rank_is_ended_by_the_no_progress_deadline(lab, sharded, tmp_path):
+    sharded["parallel"] |= {"backend": "deepspeed"}
     job_id = submit(lab, sharded | {"labels": {"broken": "hang"}})
     lab.start_worker(
         rank_command=broken_command(tmp_path / "journal"),
@@ -128,6 +129,8 @@ def test_a_silent_rank_is_ended_by_the_no_progress_deadline(lab, sharded, tmp_pa
     view = lab.until_status(job_id, "succeeded", "failed")
     assert view.status == "succeeded", view.error
     assert {retry["code"] for retry in retries(lab, job_id)} == {"unit_stalled"}
+    found = {result.provenance.backend for result in lab.store.unit_results(job_id)}
+    assert found == {"deepspeed"}
 
 
 def test_a_silent_rank_ends_all_by_the_collective_time_out(sharded, tmp_path):
