@@ -1,17 +1,10 @@
-"""Optimizer states published beside the hub: fetched when asked for, warm-up where not there.
+"""Optimizer states published beside the hub: fetched when asked for, warm-up where not there."""
 
-The optimizer file is written here as OLMo writes it: keys are base64 of a pickled (path, whether
-the value is pickled), query, key and value are rows of one tensor, and so are up and gate.
-"""
-
-import base64
 import os
-import pickle
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save
 
 from probe.checkpoints import open_checkpoint
 from probe.checkpoints.download import Patience
@@ -22,47 +15,13 @@ from probe.moments import CheckpointMoments, WarmupMoments, choose_moments
 from probe.result import CheckpointRef
 from probe.spec import AdamW
 from tests.probe.checkpoints.http_files import file_server, md5_etag
-
-OUTER = {
-    "transformer.wte.weight": ["model.embed_tokens.weight"],
-    "transformer.ln_f.weight": ["model.norm.weight"],
-    "transformer.ff_out.weight": ["lm_head.weight"],
-}
-INNER = {
-    "att_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "ff_proj": ["mlp.up_proj", "mlp.gate_proj"],
-    "attn_out": ["self_attn.o_proj"],
-    "ff_out": ["mlp.down_proj"],
-    "q_norm": ["self_attn.q_norm"],
-    "k_norm": ["self_attn.k_norm"],
-    "attn_norm": ["post_attention_layernorm"],
-    "ff_norm": ["post_feedforward_layernorm"],
-}
-
-
-def olmo_parts(num_layers):
-    parts = dict(OUTER)
-    for n in range(num_layers):
-        for theirs, ours in INNER.items():
-            parts[f"transformer.blocks.{n}.{theirs}.weight"] = [
-                f"model.layers.{n}.{name}.weight" for name in ours
-            ]
-    return parts
-
-
-def key(*path):
-    return base64.urlsafe_b64encode(pickle.dumps((path, False))).decode()
+from tests.probe.checkpoints.olmo_states import optim_safetensors
 
 
 def optimizer_file(trained):
-    names = dict(trained.model.named_parameters())
-    tensors = {}
-    for stored, parts in olmo_parts(trained.model.config.num_hidden_layers).items():
-        states = [trained.optimizer.state[names[part]] for part in parts]
-        for kind in ("exp_avg", "exp_avg_sq"):
-            tensors[key("state", stored, kind)] = torch.cat([s[kind] for s in states])
-        tensors[key("state", stored, "step")] = states[0]["step"].reshape(())
-    return save(tensors)
+    names = trained.model.named_parameters()
+    states = {name: trained.optimizer.state[parameter] for name, parameter in names}
+    return optim_safetensors(states, trained.model.config.num_hidden_layers)
 
 
 @pytest.fixture(autouse=True)
