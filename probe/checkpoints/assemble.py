@@ -53,6 +53,19 @@ def parameter_shapes(config: PretrainedConfig, where: Path) -> dict[str, tuple[i
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
+def persistent_buffer_shapes(config: PretrainedConfig, where: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every buffer that checkpoints hold; most models have none.
+
+    Raises:
+        CheckpointError: As `parameter_shapes`.
+
+    Cost: as `parameter_shapes`.
+    """
+    model = skeleton(config, "eager", where)
+    stored = model.state_dict()
+    return {name: tuple(b.shape) for name, b in model.named_buffers() if name in stored}
+
+
 def skeleton(config: PretrainedConfig, attention: str, where: Path) -> PreTrainedModel:
     """The model without its values: fp32 parameters on the meta device, in eval mode.
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from probe.checkpoints.assemble import (
     assemble_causal_lm,
     parameter_shapes,
+    persistent_buffer_shapes,
     read_model_config,
     skeleton,
 )
@@ -84,7 +85,7 @@ class DcpSource:
 
     def load_model(self, dtype: torch.dtype, attention: str) -> PreTrainedModel:
         """See `Source.load_model`. Cost: the stored weights and the model stand side by side."""
-        tensors = {name: read_box(self._weight(name)) for name in self._shapes}
+        tensors = {name: read_box(self._weight(name)) for name in self._weights}
         return assemble_causal_lm(self._config, tensors, dtype, attention, where=self.directory)
 
     def skeleton(self, attention: str) -> PreTrainedModel:
@@ -143,10 +144,15 @@ class DcpSource:
         return parameter_shapes(self._config, self.directory)
 
     @cached_property
+    def _weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Fqn -> shape of every parameter and every buffer that checkpoints hold."""
+        return self._shapes | persistent_buffer_shapes(self._config, self.directory)
+
+    @cached_property
     def _weights(self) -> dict[str, str]:
-        """Parameter fqn -> key of its weight."""
+        """Fqn of a parameter or persistent buffer -> key of its values."""
         stored = weight_keys(self._index)
-        names = [self._stored_name(name) for name in self._shapes]
+        names = [self._stored_name(name) for name in self._weight_shapes]
         prefix = find_prefix(stored, names, where=f"{self.directory}: weights")
         left = superfluous(stored, prefix, [*names, *self._untied(prefix, stored)])
         if left:
@@ -154,7 +160,7 @@ class DcpSource:
                 f"{self.directory}: {len(left)} stored weights have no place in the model, the "
                 f"first is {stored[left[0]]!r}. Is the config of another model?"
             )
-        return {name: stored[prefix + self._stored_name(name)] for name in self._shapes}
+        return {name: stored[prefix + self._stored_name(name)] for name in self._weight_shapes}
 
     def _untied(self, prefix: str, stored: dict[str, str]) -> list[str]:
         """The output layer, where it is tied to the embeddings and stored a second time.
@@ -189,7 +195,7 @@ class DcpSource:
         return find_prefix(self._moments, names, where=f"{self.directory}: moments")
 
     def _weight(self, name: str) -> DcpTensor:
-        if name not in self._shapes:
+        if name not in self._weight_shapes:
             raise CheckpointError(f"{self.directory}: the model has no parameter {name!r}")
         return self._checked(name, self._index.tensors[self._weights[name]])
 
@@ -207,10 +213,10 @@ class DcpSource:
         return self._moments[self._moment_prefix + self._stored_name(name)][kind]
 
     def _checked(self, name: str, tensor: DcpTensor) -> DcpTensor:
-        if tensor.shape != self._shapes[name]:
+        if tensor.shape != self._weight_shapes[name]:
             raise CheckpointError(
                 f"{self.directory}: key {tensor.key!r} has shape {list(tensor.shape)}, expected "
-                f"{list(self._shapes[name])} for {name!r}"
+                f"{list(self._weight_shapes[name])} for {name!r}"
             )
         return tensor
 

@@ -1,13 +1,15 @@
 """Reading in parts: every weight of the model is stored, nothing is left over, shapes fit."""
 
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from transformers import Olmo2ForCausalLM
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Olmo2ForCausalLM
 
 from probe.checkpoints import open_checkpoint, save_checkpoint
 from probe.checkpoints.expected import ExpectedWeights
@@ -16,6 +18,30 @@ from probe.parallel import Shard
 from probe.parallel.fill import fill_persistent_buffers, fill_shards
 from probe.result import CheckpointRef
 
+EXPERTS = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "n_shared_experts": 1,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "max_position_embeddings": 32,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -157,3 +183,23 @@ def test_persistent_buffers_are_weights_too(make_model):
     del shapes["model.bias"]
     with pytest.raises(CheckpointError, match=r"missing, the first is 'model\.bias'"):
         ExpectedWeights(model).find_in(source)
+
+
+def test_a_dcp_directory_gives_persistent_buffers_too(tmp_path):
+    """The router's bias of a mixture of experts is trained, and no parameter."""
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**EXPERTS)).eval()
+    model.get_buffer(bias).copy_(torch.tensor([0.5, -0.25, 0.0, 1.0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one process, on purpose
+        state = {f"model.{name}": value for name, value in model.state_dict().items()}
+        dcp.save(state, checkpoint_id=tmp_path / "step-1", no_dist=True)
+    model.config.save_pretrained(tmp_path / "step-1")
+    source = source_of(tmp_path / "step-1")
+    assert found_in(source)[bias] == (bias,)
+    assert torch.equal(source.read(bias, "weight"), model.get_buffer(bias))
+    loaded = source.load_model(torch.float32, model.config._attn_implementation)
+    assert torch.equal(loaded.get_buffer(bias), model.get_buffer(bias))
+    ids = torch.arange(12)[None]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
