@@ -5,41 +5,37 @@ vl-convert with the fonts it carries. What has no answer is drawn as such, on th
 outcome. Flat rows for other tools are in `probe/tables.py`.
 """
 
-import copy
-import math
-import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import altair as alt
-import vl_convert
 
+from probe.chart_style import (
+    NOT_XML,
+    SHAPES,
+    WIDTH,
+    Rows,
+    Theme,
+    chart_config,
+    drawing_of,
+    log_ticks,
+    on_axis,
+)
 from probe.errors import ConfigError
 from probe.line_search import SearchOutcome
 from probe.result import UnitResult
 from probe.schedule import rate_function
 from probe.spec import Schedule
 
-Theme = Literal["light", "dark"]
-Rows = list[dict[str, Any]]
-
 THRESHOLD = "2/η, the stability threshold"
 _SERIES_NAME = {"update": "λ_c on the update batch", "held_out": "λ_c on the held-out batch"}
 _NUM_SCHEDULE_POINTS = 400
-_WIDTH, _HEIGHT, _LOSS_HEIGHT = 640, 300, 90
+_HEIGHT, _LOSS_HEIGHT = 300, 90
 # Okabe and Ito's colours: told apart also by colour-blind readers.
 _COLORS = {
     "light": {"update": "#0072B2", "held_out": "#D55E00", "threshold": "#6B6B6B"},
     "dark": {"update": "#56B4E9", "held_out": "#F0A030", "threshold": "#A8A8A8"},
 }
-_INK = {"light": ("#1B1F24", "#FFFFFF", "#E3E6EA"), "dark": ("#E6E8EB", "#14171C", "#30363D")}
-_SHAPES = {
-    SearchOutcome.NO_CROSSING: "triangle-up",
-    SearchOutcome.NOT_A_DESCENT_DIRECTION: "cross",
-    SearchOutcome.BUDGET_EXHAUSTED: "square",
-}
-# Characters XML 1.0 cannot hold, not even escaped.
-_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def series_chart(results: Sequence[UnitResult], theme: Theme = "light") -> alt.VConcatChart:
@@ -70,7 +66,7 @@ def series_chart(results: Sequence[UnitResult], theme: Theme = "light") -> alt.V
         "lambda_c:Q",
         title="critical sharpness λ_c = 2/η_c  (1/η)",
         scale=alt.Scale(type="log", domain=domain, nice=False),
-        axis=alt.Axis(format="~s", values=_log_ticks(*domain)),
+        axis=alt.Axis(format="~s", values=log_ticks(*domain)),
     )
     layers = [
         _gap_layer(ours, _outcomes(gaps), _HEIGHT - 9 - 15 * line, position, color)
@@ -80,32 +76,16 @@ def series_chart(results: Sequence[UnitResult], theme: Theme = "light") -> alt.V
     if threshold:
         layers.append(_threshold_layer(threshold, position, y, color))
     layers += _answer_layers(means, repeats, position, y, color)
-    sharpness = alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT)
+    sharpness = alt.layer(*layers).properties(width=WIDTH, height=_HEIGHT)
     loss = _loss_panel(means, position, color)
-    title = _NOT_XML.sub("", str(results[0].spec.get("name", ""))) or "critical sharpness"
+    title = NOT_XML.sub("", str(results[0].spec.get("name", ""))) or "critical sharpness"
     chart: alt.VConcatChart = (
         alt.vconcat(sharpness, loss, spacing=14)
         .resolve_scale(color="shared", strokeDash="shared")
         .properties(title=alt.TitleParams(title, subtitle=_subtitle(results, means, gaps)))
-        .configure(**_config(theme))
+        .configure(**chart_config(theme))
     )
     return chart
-
-
-def to_vega(chart: alt.VConcatChart) -> dict[str, Any]:
-    """The chart as a Vega-Lite specification, its rows included."""
-    spec: dict[str, Any] = chart.to_dict()
-    return spec
-
-
-def to_svg(chart: alt.VConcatChart) -> str:
-    """The chart as an SVG document; needs no browser and no network. About 0.5 s."""
-    return vl_convert.vegalite_to_svg(chart.to_dict(), allowed_base_urls=[])
-
-
-def to_png(chart: alt.VConcatChart, *, scale: float = 2.0) -> bytes:
-    """The chart as a PNG, `scale` pixels to a CSS pixel. About 0.6 s."""
-    return vl_convert.vegalite_to_png(chart.to_dict(), scale=scale, allowed_base_urls=[])
 
 
 class _XAxis:
@@ -146,7 +126,7 @@ class _XAxis:
 
 
 def _clean_label(result: UnitResult) -> str:
-    return _NOT_XML.sub("", result.unit.checkpoint.label)[:80]
+    return NOT_XML.sub("", result.unit.checkpoint.label)[:80]
 
 
 def _unique(labels: list[str]) -> list[str]:
@@ -233,18 +213,6 @@ def _log_domain(means: Rows, repeats: Rows, threshold: Rows) -> list[float]:
     return [low / margin**2, high * margin]
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten in the range; the powers alone over many decades."""
-    factors = (1, 2, 5) if high / low < 3e3 else (1,)
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [v for e in exponents for f in factors if low <= (v := f * 10.0**e) <= high]
-    if len(ticks) >= 2:
-        return ticks
-    # Within a factor of two or so, an axis without a number would say nothing.
-    step = 10.0 ** math.floor(math.log10((high - low) / 2))
-    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
 def _color(used: list[str], theme: Theme, *, with_threshold: bool) -> dict[str, Any]:
     """Colour and dash of every series, named in one legend."""
     names = [_SERIES_NAME[batch] for batch in used]
@@ -265,13 +233,8 @@ def _color(used: list[str], theme: Theme, *, with_threshold: bool) -> dict[str, 
     }
 
 
-def _drawing_of(rows: Rows) -> Any:
-    # Any: altair's mark and encode methods are untyped.
-    return alt.Chart(alt.InlineData(values=rows))
-
-
 def _threshold_layer(rows: Rows, position: _XAxis, y: alt.Y, color: dict[str, Any]) -> Any:
-    chart = _drawing_of(rows)
+    chart = drawing_of(rows)
     tooltip = [position.tooltip(), alt.Tooltip("lambda_c:Q", title="2/η", format=".4g")]
     if len(position.labels) == 1:  # a line needs two places
         return chart.mark_rule(strokeWidth=2).encode(y=y, tooltip=tooltip, **color)
@@ -283,26 +246,28 @@ def _answer_layers(
     means: Rows, repeats: Rows, position: _XAxis, y: alt.Y, color: dict[str, Any]
 ) -> list[Any]:
     x = position.encoding()
-    answered = _drawing_of([r for r in means if r["lambda_c"] is not None])
+    answered = drawing_of([r for r in means if r["lambda_c"] is not None])
     hue = color["color"]
     size = min(55.0, 6000 / len(position.labels) ** 1.1)
     # The line breaks at a checkpoint without an answer: its rows stay in, with a null.
-    line = _drawing_of(means).mark_line(
+    line = drawing_of(means).mark_line(
         strokeWidth=1.5, opacity=0.8, invalid="break-paths-show-domains"
     )
     layers = [
         line.encode(x=x, y=y, **color),
-        answered.mark_rule(strokeWidth=1.2).encode(x=x, y=_on(y, "lower"), y2="upper:Q", color=hue),
+        answered.mark_rule(strokeWidth=1.2).encode(
+            x=x, y=on_axis(y, "lower"), y2="upper:Q", color=hue
+        ),
     ]
     if any(row["low"] is not None for row in means):
-        errors = _drawing_of([r for r in means if r["low"] is not None])
+        errors = drawing_of([r for r in means if r["low"] is not None])
         layers.append(
             errors.mark_rule(strokeWidth=4, opacity=0.75).encode(
-                x=x, y=_on(y, "low"), y2="high:Q", color=hue
+                x=x, y=on_axis(y, "low"), y2="high:Q", color=hue
             )
         )
     if repeats:
-        dots = _drawing_of(repeats).mark_circle(size=size / 3, opacity=0.35)
+        dots = drawing_of(repeats).mark_circle(size=size / 3, opacity=0.35)
         layers.append(dots.encode(x=x, y=y, color=hue))
     tooltip = [
         position.tooltip(),
@@ -318,15 +283,8 @@ def _answer_layers(
     return [*layers, points.encode(x=x, y=y, color=hue, tooltip=tooltip)]
 
 
-def _on(y: alt.Y, field: str) -> alt.Y:
-    """The same axis, another field."""
-    other = copy.deepcopy(y)
-    other.shorthand = f"{field}:Q"
-    return other
-
-
 def _outcomes(gaps: Rows) -> list[SearchOutcome]:
-    return [o for o in _SHAPES if any(row["outcome"] == o for row in gaps)]
+    return [o for o in SHAPES if any(row["outcome"] == o for row in gaps)]
 
 
 def _gap_layer(
@@ -335,11 +293,11 @@ def _gap_layer(
     """Searches of one loss batch without an answer, on a line of their own, by outcome."""
     shape = alt.Shape(
         "outcome:N",
-        scale=alt.Scale(domain=[o.value for o in seen], range=[_SHAPES[o] for o in seen]),
+        scale=alt.Scale(domain=[o.value for o in seen], range=[SHAPES[o] for o in seen]),
         legend=alt.Legend(title="no answer:", orient="bottom", direction="horizontal"),
     )
     return (
-        _drawing_of(gaps)
+        drawing_of(gaps)
         .mark_point(size=70, strokeWidth=1.8, filled=False)
         .encode(
             x=position.encoding(),
@@ -353,13 +311,13 @@ def _gap_layer(
 
 def _loss_panel(means: Rows, position: _XAxis, color: dict[str, Any]) -> Any:
     y = alt.Y("loss:Q", title="loss (nats/token)", scale=alt.Scale(zero=False, nice=True))
-    base = _drawing_of(means).encode(x=position.encoding(lowest_panel=True), y=y)
+    base = drawing_of(means).encode(x=position.encoding(lowest_panel=True), y=y)
     line = base.mark_line(strokeWidth=1.5).encode(**color)
     points = base.mark_point(filled=True, size=25, opacity=1).encode(
         color=color["color"],
         tooltip=[position.tooltip(), "series:N", alt.Tooltip("loss:Q", format=".4f")],
     )
-    return alt.layer(line, points).properties(width=_WIDTH, height=_LOSS_HEIGHT)
+    return alt.layer(line, points).properties(width=WIDTH, height=_LOSS_HEIGHT)
 
 
 def _subtitle(results: Sequence[UnitResult], means: Rows, gaps: Rows) -> list[str]:
@@ -372,21 +330,3 @@ def _subtitle(results: Sequence[UnitResult], means: Rows, gaps: Rows) -> list[st
         key = "no checkpoint has an answer yet"
     marks = "; marks on the axis: searches without an answer" if gaps else ""
     return [model, key + marks]
-
-
-def _config(theme: Theme) -> dict[str, Any]:
-    ink, paper, grid = _INK[theme]
-    return {
-        "background": paper,
-        "font": "sans-serif",
-        "view": {"stroke": None},
-        "title": {
-            "anchor": "start", "fontSize": 16, "color": ink, "subtitleColor": ink,
-            "subtitleFontSize": 11, "offset": 12, "limit": _WIDTH,
-        },
-        "axis": {
-            "labelColor": ink, "titleColor": ink, "gridColor": grid, "domainColor": ink,
-            "tickColor": ink, "labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal",
-        },
-        "legend": {"labelColor": ink, "titleColor": ink, "labelFontSize": 12},
-    }  # fmt: skip

@@ -17,6 +17,7 @@ TORCH_FREE = (
     "probe.__version__",
     "probe.assets",
     "probe.chart",
+    "probe.chart_style",
     "probe.errors",
     "probe.launch",
     "probe.line_search",

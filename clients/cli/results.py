@@ -201,7 +201,8 @@ def _chart(source: str, format: Literal["vega", "svg", "png"], server: str | Non
 
 def draw(found: list[UnitResult], format: Literal["vega", "svg", "png"]) -> bytes:
     """The chart of results as the bytes of a file; needs no server and no browser."""
-    from probe.chart import series_chart, to_png, to_svg, to_vega
+    from probe.chart import series_chart
+    from probe.chart_style import to_png, to_svg, to_vega
 
     if not found:
         raise InputError("there are no results to draw yet")

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Header, Query
 from fastapi.responses import JSONResponse, Response
 
-from probe.chart import Theme, series_chart, to_png, to_svg, to_vega
+from probe.chart import series_chart
+from probe.chart_style import Theme, to_png, to_svg, to_vega
 from probe.tables import series_rows, to_csv, to_parquet
 from server.api.context import JobDep, StoreDep, known_query
 from server.api.media import choose_format

@@ -6,7 +6,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from probe.chart import THRESHOLD, series_chart, to_png, to_svg, to_vega
+from probe.chart import THRESHOLD, series_chart
+from probe.chart_style import to_png, to_svg, to_vega
 from probe.errors import ConfigError
 from probe.result import CheckpointRef
 
