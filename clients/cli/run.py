@@ -143,7 +143,9 @@ def _measure(planned: Plan, results: list[UnitResult], *, quiet: bool) -> None:
             stop_children([child])
             log.close()
             child.stdout.close()
-        _raise_failures(failures, len(planned.units), planned.num_ranks)
+        if planned.num_ranks > 1:
+            _raise_rank_failure(failures, log.text())
+        _raise_failures(failures, len(planned.units))
         if not ended:
             raise CommandError(f"the measuring process ended with {_how(status)}\n{log.text()}")
 
@@ -189,15 +191,21 @@ def _follow(
     return False
 
 
-def _raise_failures(failures: list[ProbeError], num_units: int, num_ranks: int) -> None:
-    """Raise the first failure, its message saying how many units there were like it.
+def _raise_rank_failure(failures: list[ProbeError], log: str) -> None:
+    """Raise what several ranks failed of; the first failed unit ends their run.
 
-    Of several ranks the first failed unit ends the run, and each tells its own error: the first
-    that is not of another rank's failure says why.
+    The first error that is not of another rank's failure says why; without one, a rank ended
+    without a word, and the log's end says how.
     """
-    if num_ranks > 1:
-        own = [failure for failure in failures if not isinstance(failure, ParallelismError)]
-        failures = (own or failures)[:1]
+    own = [failure for failure in failures if not isinstance(failure, ParallelismError)]
+    if own:
+        raise own[0]
+    if failures:
+        raise type(failures[0])(f"{failures[0]}\n{log}")
+
+
+def _raise_failures(failures: list[ProbeError], num_units: int) -> None:
+    """Raise the first failure, its message saying how many units there were like it."""
     if len(failures) > 1:
         first = failures[0]
         raise type(first)(f"{len(failures)} of {num_units} units failed; the first: {first}")

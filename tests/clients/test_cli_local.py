@@ -186,6 +186,16 @@ def test_run_tells_the_error_of_the_rank_that_failed(
     assert done.stderr.strip().endswith("error: 0000-step-0: rank 1: torn file")
 
 
+def test_run_shows_the_log_where_a_rank_ended_without_a_word(
+    probe: Any, job_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noticed = {"type": "error", "unit_id": "0000-step-0", "rank": 0, "code": "parallelism_error"}
+    pretend(monkeypatch, job_file.parent, [noticed | {"message": "lost rank 1"}], status=1)
+    done = probe("run", str(job_file), "--set", "parallel.ranks=2")
+    assert done.exit_code == 1
+    assert "error: 0000-step-0: lost rank 1\nthe child's own words" in done.stderr
+
+
 def test_an_interrupted_run_keeps_what_is_finished(
     probe: Any, wire: Any, job_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,7 @@
 """`probe.rank`, but rank 1 breaks while it forms a direction, as the job's label `broken` says.
 
 `raise`: a rank's own error at a place where the others go on and wait. `hang`: it is never heard
-of again, the first time; `--journal FILE` remembers that.
+of again, once the file of `--trap FILE` is there; it takes the file away first.
 """
 
 import os
@@ -15,8 +15,8 @@ from probe.errors import DirectionError
 from probe.update import UpdateRule
 
 if __name__ == "__main__":
-    journal = Path(sys.argv.pop(sys.argv.index("--journal") + 1))
-    sys.argv.remove("--journal")
+    trap = Path(sys.argv.pop(sys.argv.index("--trap") + 1))
+    sys.argv.remove("--trap")
     intact = UpdateRule.direction
     broken = [""]
     make_session = Session.__init__
@@ -29,8 +29,8 @@ if __name__ == "__main__":
         if os.environ["RANK"] == "1":
             if broken[0] == "raise":
                 raise DirectionError("no direction on this rank")
-            if broken[0] == "hang" and not journal.exists():
-                journal.touch()
+            if broken[0] == "hang" and trap.exists():
+                trap.unlink()
                 while True:
                     signal.pause()
         return intact(rule, *args)

@@ -1,7 +1,7 @@
 """Jobs of two ranks through the queue: killed and resumed, broken on one rank, silent on one."""
 
+import asyncio
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from probe.engine import Session
 from probe.plan import make_plan
 from probe.result import UnitResult, eta_init_hint
 from probe.spec_load import parse_spec
+from server.worker import gang as gang_module
+from server.worker.gang import Gang, UnitFailedError
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 BROKEN_RANK = Path(__file__).with_name("broken_rank.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-TIMEOUT_S = 120
 
 
 @pytest.fixture(autouse=True)
@@ -101,15 +102,15 @@ def test_killed_and_resumed_two_ranks_measure_what_they_do_undisturbed_and_one_d
     lab.until(lambda: not lab.children(), "the gang to be gone")
 
 
-def broken_command(journal: Path) -> str:
-    rank = [*TORCHRUN, str(BROKEN_RANK), "--socket", "{socket}", "--journal", str(journal)]
-    return json.dumps([sys.executable, *rank])
+def broken_command(trap: Path, *options: str) -> list[str]:
+    rank = [*TORCHRUN, str(BROKEN_RANK), "--socket", "{socket}", "--trap", str(trap), *options]
+    return [sys.executable, *rank]
 
 
 def test_an_error_on_one_rank_fails_the_job_with_that_error(lab, sharded, tmp_path):
     """Rank 0 waits in an exchange meanwhile, for ten minutes if it were left to it."""
     job_id = submit(lab, sharded | {"labels": {"broken": "raise"}})
-    lab.start_worker(rank_command=broken_command(tmp_path / "journal"))
+    lab.start_worker(rank_command=json.dumps(broken_command(tmp_path / "trap")))
     view = lab.until_status(job_id, "succeeded", "failed")
     assert view.status == "failed"
     assert view.error.code == "direction_error"
@@ -121,8 +122,9 @@ def test_an_error_on_one_rank_fails_the_job_with_that_error(lab, sharded, tmp_pa
 def test_a_silent_rank_is_ended_by_the_no_progress_deadline(lab, sharded, tmp_path):
     sharded["parallel"] |= {"backend": "deepspeed"}
     job_id = submit(lab, sharded | {"labels": {"broken": "hang"}})
+    (tmp_path / "trap").touch()
     lab.start_worker(
-        rank_command=broken_command(tmp_path / "journal"),
+        rank_command=json.dumps(broken_command(tmp_path / "trap")),
         unit_no_progress_s=6,
         unit_max_attempts=10,  # on a busy machine a sound unit may be silent for so long, too
     )
@@ -133,18 +135,36 @@ def test_a_silent_rank_is_ended_by_the_no_progress_deadline(lab, sharded, tmp_pa
     assert found == {"deepspeed"}
 
 
-def test_a_silent_rank_ends_all_by_the_collective_time_out(sharded, tmp_path):
-    job = tmp_path / "job.json"
-    job.write_text(json.dumps(sharded | {"labels": {"broken": "hang"}}))
-    rank = [*TORCHRUN, str(BROKEN_RANK), "--spec", str(job), "--collective-timeout-s", "5"]
-    done = subprocess.run(
-        [sys.executable, *rank, "--journal", str(tmp_path / "journal")],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
+def test_the_collective_time_out_ends_a_silent_rank_but_not_an_idle_gang(
+    sharded, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(gang_module, "_VERDICT_S", 1.0)
+    raw = sharded | {"labels": {"broken": "hang"}}
+    first, second, third = make_plan(parse_spec(raw)).units
+    timeout_s, trap = 5.0, tmp_path / "trap"
+    gang = Gang(
+        log_path=tmp_path / "gang.log",
+        num_ranks=2,
+        command=broken_command(trap, "--collective-timeout-s", str(timeout_s)),
     )
-    assert done.returncode != 0
-    errors = [json.loads(line) for line in done.stdout.splitlines() if '"error"' in line]
-    assert [(error["code"], error["rank"]) for error in errors] == [("parallelism_error", 0)]
-    assert "rank 0 of 2 lost contact with the others" in errors[0]["message"]
-    assert "Timed out waiting" in errors[0]["message"]
+
+    async def on_progress(_progress: dict[str, Any]) -> None: ...
+
+    async def measure_idle_measure_hang() -> None:
+        try:
+            await gang.start(raw)
+            await gang.measure(first, None, on_progress)
+            await asyncio.sleep(timeout_s + 1.0)
+            await gang.measure(second, None, on_progress)
+            trap.touch()
+            await gang.measure(third, None, on_progress)
+        finally:
+            gang.kill()
+            await gang._exited
+
+    with pytest.raises(UnitFailedError) as caught:
+        asyncio.run(measure_idle_measure_hang())
+    assert not trap.exists(), caught.value.message
+    assert (caught.value.code, caught.value.retryable) == ("parallelism_error", True)
+    assert "rank 0 of 2 lost contact with the others" in caught.value.message
+    assert "Timed out waiting" in caught.value.message
