@@ -163,13 +163,14 @@ def choose_moments(
     wanted = optimizer.moments
     if wanted == "warmup":
         return WarmupMoments(shards, optimizer.betas, why="asked for")
-    everywhere = _on_every_rank(checkpoint.has_moments, shards[0].base.device)
-    if everywhere:
+    here = checkpoint.has_moments
+    if _on_every_rank(here, shards[0].base.device):
         return CheckpointMoments(checkpoint, shards, label=label)
     if wanted == "checkpoint":
         raise _none_there(checkpoint, shards[0].name, label)
     failure = _failure(checkpoint)
-    why = "the checkpoint has no optimizer state" + ("" if failure is None else f"; {failure}")
+    why = "another rank has no optimizer state" if here else "the checkpoint has no optimizer state"
+    why += "" if failure is None else f"; {failure}"
     return WarmupMoments(shards, optimizer.betas, why=why)
 
 
