@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
+from probe.checkpoints.assemble import persistent_buffer_shapes
 from probe.checkpoints.bare import BareSource, config_around
 from probe.checkpoints.dcp_keys import find_prefix, without_wrappers
 from probe.checkpoints.deepspeed_files import DeepSpeedFiles, find_deepspeed_files
@@ -52,11 +53,22 @@ class DeepSpeedSource(BareSource):
 
     def read(self, name: str, kind: TensorKind, lo: int = 0, hi: int | None = None) -> torch.Tensor:
         """See `Source.read`. Cost: exactly the range, mapped from the files."""
-        return self._state.read(self._saved(name), kind, lo, hi)
+        saved = self._saved(name)
+        if saved not in self._state.buffers:
+            return self._state.read(saved, kind, lo, hi)
+        flat = self._state.buffers[saved].reshape(-1)
+        end = flat.numel() if hi is None else hi
+        if kind != "weight" or not 0 <= lo <= end <= flat.numel():
+            raise CheckpointError(
+                f"{self.directory}: {name!r} is a buffer of {flat.numel()} elements without "
+                f"moments, asked for {kind} {lo}..{end}"
+            )
+        return flat[lo:end].clone()
 
     def hyper(self, name: str) -> dict[str, float]:
         """See `Source.hyper`."""
-        step = self._state.step(self._saved(name))
+        saved = self._saved(name)
+        step = None if saved in self._state.buffers else self._state.step(saved)
         if step is None:
             raise CheckpointError(
                 f"{self.directory}: no optimizer step of {name!r}; use moments: warmup"
@@ -65,7 +77,8 @@ class DeepSpeedSource(BareSource):
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """See `Source.weight_shapes`."""
-        return {name: self._state.shapes[saved] for name, saved in self._names.items()}
+        stored = self._stored_shapes
+        return {name: stored[saved] for name, saved in self._names.items()}
 
     def _make_config(self) -> PretrainedConfig:
         return config_around(self.ref, self._around, "DeepSpeed saves tensors only")
@@ -76,27 +89,36 @@ class DeepSpeedSource(BareSource):
         return self._names[name]
 
     @cached_property
+    def _stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name as saved -> shape, of every parameter and buffer."""
+        buffers = {name: tuple(tensor.shape) for name, tensor in self._state.buffers.items()}
+        return buffers | dict(self._state.shapes)
+
+    @cached_property
     def _names(self) -> dict[str, str]:
-        """Parameter fqn -> name as saved; every shape checked, none left over."""
-        saved = {without_wrappers(name): name for name in self._state.shapes}
+        """Fqn of a parameter or persistent buffer -> name as saved; every shape checked."""
+        saved = {without_wrappers(name): name for name in self._stored_shapes}
         shared = {without_wrappers(name): other for name, other in self._state.shared.items()}
         prefix = find_prefix([*saved, *shared], self._shapes, where=f"{self.directory}: weights")
+        expected = self._shapes | persistent_buffer_shapes(self._config, self.directory)
         names = {}
-        for name, shape in self._shapes.items():
+        for name, shape in expected.items():
             if prefix + name in shared:
                 raise CheckpointError(
                     f"{self.directory}: {name!r} shares its values with "
                     f"{shared[prefix + name]!r}, in the config it does not. Is the config of "
                     "another model?"
                 )
+            if prefix + name not in saved:
+                raise CheckpointError(f"{self.directory}: no buffer {name!r} among those saved")
             names[name] = saved[prefix + name]
-            found = self._state.shapes[names[name]]
+            found = self._stored_shapes[names[name]]
             if found != shape:
                 raise CheckpointError(
                     f"{self.directory}: key {names[name]!r} has shape {list(found)}, expected "
                     f"{list(shape)} for {name!r}. Is the config of another model?"
                 )
-        left = sorted(saved[name] for name in saved.keys() - {prefix + name for name in names})
+        left = sorted(set(self._state.shapes) - set(names.values()))
         if left:
             raise CheckpointError(
                 f"{self.directory}: {len(left)} stored weights have no place in the model, the "

@@ -74,6 +74,7 @@ class ZeroState:
     partitions: Sequence[Sequence[Partition]]  # [rank][group]
     shapes: Mapping[str, tuple[int, ...]]  # name as saved -> shape
     pieces: Mapping[str, tuple[Piece, ...]]  # name as saved -> its elements in order
+    buffers: Mapping[str, torch.Tensor]  # name as saved -> what every rank holds whole
     shared: Mapping[str, str]  # name that is not stored -> the one it shares its values with
     has_moments: bool
 
@@ -163,9 +164,19 @@ def _fitted(
         partitions=partitions,
         shapes={name: shape for group in groups for name, shape in group.items()},
         pieces=pieces,
+        buffers=_buffers(files.model_states[0], models[0]),
         shared={str(name): str(other) for name, other in shared.items()},
         has_moments=_has_moments(partitions, files.tag),
     )
+
+
+def _buffers(path: Path, model: dict[str, Any]) -> dict[str, torch.Tensor]:
+    module = model.get("module") or {}
+    buffers = {str(name): module[name] for name in model.get("buffer_names") or ()}
+    for name, tensor in buffers.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{path}: buffer {name!r} is no tensor")
+    return buffers
 
 
 def _has_moments(partitions: Sequence[Sequence[Partition]], tag: Path) -> bool:

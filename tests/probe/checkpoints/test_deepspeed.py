@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from probe.checkpoints import open_checkpoint
 from probe.checkpoints.deepspeed_state import load_states
@@ -37,6 +38,28 @@ ON_THREE = {
     "z2-fp32": "DeepSpeedZeroOptimizer",
 }
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
+EXPERTS = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -57,7 +80,7 @@ def run(scripts: list[list[str]]) -> None:
         for script in scripts
     ]
     try:
-        errors = [child.communicate(timeout=120)[1] for child in children]
+        errors = [child.communicate(timeout=140)[1] for child in children]
     finally:
         for child in children:
             child.kill()
@@ -192,6 +215,45 @@ def test_beside_what_trainer_saves_the_masters_are_read(runs, copy, make_model):
     (directory / "trainer_state.json").write_text(json.dumps({"global_step": 4}))
     with pytest.raises(CheckpointError, match=r"trainer_state\.json: global_step is 4, expected 3"):
         open_directory(directory)
+
+
+def test_persistent_buffers_are_read_with_the_weights(tmp_path):
+    """The router's bias of a mixture of experts is trained, and no parameter."""
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**EXPERTS)).eval()
+    model.get_buffer(bias).copy_(torch.tensor([0.5, -0.25, 0.0, 1.0]))
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    flat = torch.cat([weight.flatten() for weight in weights.values()])
+    optimizer = {  # of ZeRO-3 on one rank, where nothing is cut
+        "partition_count": 1,
+        "fp32_flat_groups": [flat],
+        "optimizer_state_dict": {"state": {0: {"exp_avg": flat, "exp_avg_sq": flat, "step": 1}}},
+    }
+    content = {
+        "param_shapes": [{name: weight.shape for name, weight in weights.items()}],
+        "module": {bias: model.get_buffer(bias)},
+        "buffer_names": [bias],
+        "global_steps": 1,
+    }
+    directory = tmp_path / "global_step1"
+    model.config.save_pretrained(directory)
+    torch.save({"optimizer_state_dict": optimizer}, directory / SECOND[5:].replace("1", "0", 1))
+    torch.save(content, directory / Z3_MODEL.replace("1", "0", 1))
+    source = open_directory(directory)
+    assert ExpectedWeights(source.skeleton("eager")).find_in(source)[bias] == (bias,)
+    assert torch.equal(source.read(bias, "weight", 1, 3), torch.tensor([-0.25, 0.0]))
+    with pytest.raises(
+        CheckpointError, match=r"a buffer of 4 elements .* asked for exp_avg 0\.\.4"
+    ):
+        source.read(bias, "exp_avg")
+    loaded = source.load_model(torch.float32, model.config._attn_implementation)
+    ids = torch.arange(12)[None]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    content["buffer_names"] = []
+    torch.save(content, directory / Z3_MODEL.replace("1", "0", 1))
+    with pytest.raises(CheckpointError, match=f"no buffer '{bias}' among those saved"):
+        open_directory(directory).read(bias, "weight")
 
 
 def test_what_trainer_writes_with_deepspeed_is_read(tmp_path):
