@@ -2,9 +2,9 @@
 
 The live shards are DeepSpeed's own partitions (`ds_tensor`: each parameter flattened, padded and
 cut into equal parts), kept in the forward dtype; the fp32 base beside them is ours. Three things
-would give wrong losses in silence, so they are done here and checked once by `unseen`: nothing
-stays gathered over a write (small parameters do by default: 13% off); rotary frequencies stay fp32;
-buffers that no checkpoint holds are computed again.
+would give wrong losses in silence: something that stays gathered over a write (small parameters do
+by default: 13% off), rotary frequencies in half precision, and buffers that no checkpoint holds.
+That the shards are what is gathered is checked once, by `unseen`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -46,8 +46,8 @@ class DeepSpeed3Model:
         ParallelismError: There is no process group, another rank failed, or the forward pass
             would not see what is written into the shards.
         CheckpointError: A weight is missing, left over or of another shape.
-        ConfigError: DeepSpeed is not installed, or the model keeps some weights in fp32 where a
-            half precision is asked for.
+        ConfigError: DeepSpeed is not installed or does not run this dtype here, or the model keeps
+            some weights in fp32 where a half precision is asked for.
 
     Memory: 4 bytes per parameter for the base and 4 (half precision: 2) for the live shard, over
         the number of ranks, and the modules that are gathered at the time.
@@ -69,7 +69,7 @@ class DeepSpeed3Model:
         refuse_fp32_islands(model, dtype)
         self.device, self.dtype = device, dtype
         self._expected = ExpectedWeights(model)
-        deepspeed = import_deepspeed(device)
+        deepspeed = import_deepspeed(device, dtype)
         options = engine_options(dtype)
         with off_stdout():
             _partition(model, deepspeed, options, device, dtype)

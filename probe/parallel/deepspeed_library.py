@@ -20,14 +20,16 @@ from probe.errors import ConfigError
 _COMPILED_FOR_CPU = "deepspeed_shm_comm"  # shared-memory collectives; needs a compiler and ninja
 
 
-def import_deepspeed(device: torch.device) -> Any:
+def import_deepspeed(device: torch.device, dtype: torch.dtype) -> Any:
     """The `deepspeed` module, set up for a process group that exists already.
 
     Args:
         device: Where this rank runs; decides the accelerator DeepSpeed takes.
+        dtype: Of the forward pass.
 
     Raises:
-        ConfigError: DeepSpeed is not installed, or was imported before for another kind of device.
+        ConfigError: DeepSpeed is not installed, was imported before for another kind of device, or
+            does not run this dtype on this one.
 
     Cost: seconds, the first time.
     """
@@ -46,10 +48,24 @@ def import_deepspeed(device: torch.device) -> Any:
                 f"model.device is {device.type}, but DeepSpeed was imported for {accelerator}. Set "
                 f"DS_ACCELERATOR={device.type} before anything imports it."
             )
+        _refuse_unsupported(deepspeed.accelerator.get_accelerator(), device, dtype)
         if device.type == "cpu":
             deepspeed.ops.__compatible_ops__[_COMPILED_FOR_CPU] = False
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     return deepspeed
+
+
+def _refuse_unsupported(accelerator: Any, device: torch.device, dtype: torch.dtype) -> None:
+    supported = {
+        torch.float16: accelerator.is_fp16_supported,
+        torch.bfloat16: accelerator.is_bf16_supported,
+    }
+    if dtype in supported and not supported[dtype]():
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"DeepSpeed does not run {name} on this {device.type} device. Use another model.dtype, "
+            "or parallel.backend: fsdp2."
+        )
 
 
 @contextmanager

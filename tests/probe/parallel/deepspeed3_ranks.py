@@ -102,12 +102,18 @@ def traps(directory: Path, cases: dict[str, Any]) -> dict[str, Any]:
 def refusals(root: Path) -> dict[str, Any]:
     found = {}
     name = "model.norm.weight"
-    for key, directory, fail_on in (
-        ("one_rank_cannot_read", root / "plain", name if dist.get_rank() == 1 else None),
-        ("wrong_size", root / "wrong", None),
+    for key, directory, dtype, fail_on in (
+        ("half_precision", root / "plain", torch.float16, None),
+        (
+            "one_rank_cannot_read",
+            root / "plain",
+            torch.float32,
+            name if dist.get_rank() == 1 else None,
+        ),
+        ("wrong_size", root / "wrong", torch.float32, None),
     ):
         try:
-            build(directory, torch.float32, fail_on)
+            build(directory, dtype, fail_on)
         except ProbeError as error:
             found[key] = (error.code, str(error))
     return found

@@ -92,6 +92,13 @@ def test_a_weight_of_another_size_is_refused(gang):
         assert "'model.embed_tokens.weight' has shape [97, 20], expected [96, 20]" in message
 
 
+def test_a_dtype_deepspeed_does_not_run_here_is_refused(gang):
+    for rank in gang.ranks:
+        code, message = rank["refusals"]["half_precision"]
+        assert code == "config_error"
+        assert "does not run float16 on this cpu device" in message
+
+
 def test_without_a_process_group_the_error_says_what_to_start():
     with pytest.raises(ParallelismError, match="torchrun"):
         DeepSpeed3Model(None, None, CPU, dtype=torch.float32)
@@ -100,7 +107,7 @@ def test_without_a_process_group_the_error_says_what_to_start():
 def test_without_deepspeed_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(deepspeed_library, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'sharpness-probe\[deepspeed\]'"):
-        import_deepspeed(CPU)
+        import_deepspeed(CPU, torch.float32)
 
 
 def test_deepspeed_is_imported_only_by_who_asks_for_it():
