@@ -14,7 +14,7 @@ import pytest
 from probe.engine import Session
 from probe.errors import CheckpointUnavailableError
 from probe.plan import expand_units
-from probe.rank import Measurer, _run_units, error_event
+from probe.rank import Measurer, _of_this_rank, _run_units, error_event
 from probe.result import CheckpointRef, Unit, UnitResult, eta_init_hint
 from probe.spec_load import parse_spec
 
@@ -193,8 +193,7 @@ def test_another_number_of_ranks_than_the_job_s_is_refused(
 
 
 @pytest.mark.slow
-def test_only_the_first_rank_speaks_but_for_errors(worker, series):
-    """No other ranks are there: what a rank says does not depend on them before the job."""
+def test_every_rank_reports_and_tells_its_own_errors(worker):
     rank = worker.start(WORLD_SIZE="2", RANK="1")
     ready = worker.next()
     assert (ready["type"], ready["rank"]) == ("ready", 1)
@@ -203,6 +202,16 @@ def test_only_the_first_rank_speaks_but_for_errors(worker, series):
     assert (message["type"], message["rank"]) == ("error", 1)
     worker.send(type="stop")
     assert rank.wait(DEADLINE_S) == 0
+
+
+@pytest.mark.parametrize(("rank", "heard"), [("0", ["result", "error"]), ("1", ["error"])])
+def test_the_first_rank_speaks_for_all_but_for_errors(monkeypatch, rank, heard):
+    monkeypatch.setenv("RANK", rank)
+    sent = []
+    send = _of_this_rank(lambda message: sent.append(message["type"]))
+    for kind in ("result", "error"):
+        send({"type": kind})
+    assert sent == heard
 
 
 def test_errors_carry_code_and_whether_to_try_again():
