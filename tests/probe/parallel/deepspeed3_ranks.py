@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from fsdp2_ranks import Batch, CountingSource, along, measure
+from fsdp2_ranks import Batch, CountingSource, along, fail, measure
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from probe.errors import ProbeError
@@ -152,6 +152,23 @@ def memory(directory: Path, case: dict[str, Any]) -> dict[str, list[str]]:
     return found
 
 
+def gradient_after_an_error(directory: Path, case: dict[str, Any]) -> list[torch.Tensor]:
+    """A gradient taken after one that broke off in the second layer's backward pass."""
+    model, _ = build(directory, torch.float32)
+    loss = DistributedLoss(model, micro_batch_sequences=case["micro_batch_sequences"])
+    batch = Batch(case["ids"], case["mask"])
+    query = model.model.model.layers[1].self_attn.q_proj.weight
+    broken = query.register_hook(fail)
+    with suppress(ZeroDivisionError):
+        model.gradient(lambda: loss.backward(batch))
+        raise AssertionError("the hook did not run")
+    broken.remove()
+    assert all(parameter.grad is None for parameter in model._parameters.values())
+    found = model.gradient(lambda: loss.backward(batch))
+    model.close()
+    return found
+
+
 def main(root: Path, rank: int, world_size: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -170,6 +187,7 @@ def main(root: Path, rank: int, world_size: int) -> None:
     found["traps"] = traps(root / "plain", cases)
     found["refusals"] = refusals(root)
     found["memory"] = memory(root / "plain", cases["plain-float32"])
+    found["again"] = gradient_after_an_error(root / "plain", cases["plain-float32"])
     found["linear_is_torchs"] = torch.nn.functional.linear is linear
     torch.save(found, root / f"found-deepspeed3_ranks-{world_size}-{rank}.pt")
     dist.barrier()

@@ -74,6 +74,12 @@ def test_no_gathered_weight_outlives_its_forward_pass(gang):
         assert "model.layers.0.mlp.up_proj.weight" in rank["memory"]["autograds_own"]
 
 
+def test_a_gradient_that_broke_off_leaves_nothing_behind(gang):
+    for rank in gang.ranks:
+        for found, expected in zip(rank["again"], rank["plain-float32"]["gradient"], strict=True):
+            assert torch.equal(found, expected)
+
+
 def test_torchs_linear_is_left_alone(gang):
     assert all(rank["linear_is_torchs"] for rank in gang.ranks)
 
