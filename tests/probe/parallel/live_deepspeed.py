@@ -31,6 +31,7 @@ def start(root: Path, rank: int, world_size: int) -> None:
 def cases(world_size: int) -> dict[str, dict[str, Any]]:
     bf16 = {"dtype": "bfloat16", "reduce": "bfloat16", "rounded": True}
     fp16 = {"dtype": "float16", "reduce": "float16", "rounded": True, "scale": 128.0}
+    fp32_sums = {"accumulate": "fp32"}
     return {
         "zero1 float32": {"stage": 1, "dtype": "float32"},
         "zero2 float32": {"stage": 2, "dtype": "float32"},
@@ -38,11 +39,11 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
         "zero1 bfloat16": {"stage": 1, **bf16},
         "zero2 bfloat16": {"stage": 2, **bf16, "zero": {"round_robin_gradients": True}},
         "zero3 bfloat16": {"stage": 3, **bf16},
-        "zero1 bf16 optimizer": {"stage": 1, **bf16, "accumulate": "fp32"},
+        "zero1 bf16 optimizer": {"stage": 1, **bf16, **fp32_sums},
         "zero3 float16": {"stage": 3, **fp16},
-        "zero2 clipped": {"stage": 2, **fp16, "clip": 0.05, "optimizer": "SGD"},
+        "zero1 clipped": {"stage": 1, **fp16, **fp32_sums, "clip": 0.05, "optimizer": "SGD"},
         "zero3 clipped": {"stage": 3, **bf16, "clip": 0.05, "optimizer": "SGD"},
-        "bf16 clipped": {"stage": 1, **bf16, "accumulate": "fp32", "clip": 0.05},
+        "bf16 clipped": {"stage": 1, **bf16, **fp32_sums, "clip": 0.05},
     }
 
 

@@ -137,6 +137,7 @@ def extras(rank: int) -> dict[str, Any]:
         **dtensor_directions(run),
         **out_of_step(run),
         "gathered before": gathered(run),
+        "random masks": random_masks(run),
         "through a gloo twin": gloo_twin(run),
         "after all that": sweep(run, PROBED),
         **prefetched(rank),
@@ -256,6 +257,17 @@ def out_of_step(run: Any) -> dict[str, Any]:
 
     cases = {"one more": one_more, "hidden": hidden, "swallowed": swallowed}
     return {name: measure(loss_fn) for name, loss_fn in cases.items()}
+
+
+def random_masks(run: Any) -> list[float]:
+    """Losses at 0, 0 and 1e-2 of a loss that draws its masks from the random state it finds."""
+
+    def unseeded(step: int) -> Any:
+        ids = batch_of(step, run.rank)
+        return loss_sum(run.model(ids), ids), COUNT
+
+    with mock.patch.object(run, "loss", unseeded):
+        return sweep(run, PROBED, etas=[0.0, 0.0, 1e-2])
 
 
 def gathered(run: Any) -> list[bool]:

@@ -5,7 +5,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -75,7 +75,9 @@ def probe(run: Run, step: int, **options: Any) -> Any:
     return critical_sharpness(run.model, lambda: run.loss(step), eta_init=1e-3, **options)
 
 
-def sweep(run: Run, step: int, direction: dict[str, Tensor] | None = None) -> list[float]:
+def sweep(
+    run: Run, step: int, direction: dict[str, Tensor] | None = None, etas: Sequence[float] = ETAS
+) -> list[float]:
     live = attached(run.model)
     agreement = Agreement(live.group)
     if direction is None:
@@ -84,7 +86,7 @@ def sweep(run: Run, step: int, direction: dict[str, Tensor] | None = None) -> li
         update = sharded_mapping_direction(live, run.model, direction, agreement)
     losses = []
     with live_ray(live, update.shards, update.delta, agreement) as move:
-        for eta in ETAS:
+        for eta in etas:
             move(eta)
             with torch.no_grad():
                 losses.append(agreement.mean_loss(lambda: run.loss(step)))
