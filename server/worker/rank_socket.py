@@ -35,18 +35,23 @@ class RankSocket:
         self._directory: Path | None = None
         self._server: asyncio.Server | None = None
         self._writers: list[asyncio.StreamWriter] = []
+        self._hearing: list[asyncio.Task[None]] = []
         self._heard: asyncio.Queue[Heard] = asyncio.Queue()
 
     async def listen(self) -> Path:
         """Open the socket; the path is what the ranks connect to."""
         self._directory = _short_directory()
         path = self._directory / "s"
-        self._server = await asyncio.start_unix_server(self._hear, path, limit=_LINE_LIMIT)
+        self._server = await asyncio.start_unix_server(self._accept, path, limit=_LINE_LIMIT)
         return path
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # A task of our own: asyncio logs a traceback where it has to cancel one of its own.
+        self._writers.append(writer)
+        self._hearing.append(asyncio.create_task(self._hear(reader, writer)))
 
     async def _hear(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Read one connection to its end."""
-        self._writers.append(writer)
         rank, ending = None, ""
         try:
             while line := await reader.readline():
@@ -76,6 +81,8 @@ class RankSocket:
 
     def close(self) -> None:
         """Close it all now. Does not wait for the event loop, so a cancel cannot cut it short."""
+        for task in self._hearing:
+            task.cancel()
         for writer in self._writers:
             writer.transport.abort()
         if self._server is not None:
