@@ -36,8 +36,8 @@ class RatioGrid(SpecModel):
         return self
 
 
-class Mixture(SpecModel):
-    """The data the update direction is made from, and how its composition is varied."""
+class MixtureSources(SpecModel):
+    """The sources of a mixture, and which of them is varied."""
 
     sources: list[DataSource] = Field(
         min_length=2,
@@ -47,6 +47,26 @@ class Mixture(SpecModel):
     varied: str | None = Field(
         None, description="Name of the source whose share of the tokens is the ratio; None: first."
     )
+
+    @model_validator(mode="after")
+    def _sources_are_named(self) -> Self:
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"source names must differ, got {names}")
+        if self.varied is not None and self.varied not in names:
+            raise ValueError(f"varied is {self.varied!r}, the sources are {', '.join(names)}")
+        return self
+
+    @property
+    def varied_index(self) -> int:
+        """Place of the varied source among `sources`."""
+        names = [source.name for source in self.sources]
+        return 0 if self.varied is None else names.index(self.varied)
+
+
+class Mixture(MixtureSources):
+    """The data the update direction is made from, and how its composition is varied."""
+
     ratios: list[Ratio] | RatioGrid = Field(
         RatioGrid(), description="Shares of the varied source: a list, or {start, stop, num}."
     )
@@ -66,11 +86,6 @@ class Mixture(SpecModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        names = [source.name for source in self.sources]
-        if len(set(names)) < len(names):
-            raise ValueError(f"source names must differ, got {names}")
-        if self.varied is not None and self.varied not in names:
-            raise ValueError(f"varied is {self.varied!r}, the sources are {', '.join(names)}")
         if isinstance(self.ratios, list) and sorted(set(self.ratios)) != self.ratios:
             raise ValueError(f"ratios must ascend without repeats, got {self.ratios}")
         if isinstance(self.ratios, list) and not self.ratios:
@@ -83,12 +98,6 @@ class Mixture(SpecModel):
                 "exact each ratio is a unit of its own, fixed beforehand"
             )
         return self
-
-    @property
-    def varied_index(self) -> int:
-        """Place of the varied source among `sources`."""
-        names = [source.name for source in self.sources]
-        return 0 if self.varied is None else names.index(self.varied)
 
 
 def ratios_of(mixture: Mixture) -> list[float]:
