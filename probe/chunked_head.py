@@ -1,4 +1,4 @@
-"""Negative log-likelihood of the output layer, without ever holding all logits.
+"""Likelihood and most likely token of the output layer, without ever holding all logits.
 
 At 4,096 tokens and a vocabulary of 100,278 the logits alone take 1.6 GB in fp32, and the plain
 path holds two copies. Here rows go through the head in blocks whose fp32 logits fit in
@@ -147,3 +147,29 @@ def head_nll(
     weight to make the logits again.
     """
     return _HeadNll.apply(hidden, weight, bias, rows, targets)  # type: ignore[no-any-return,no-untyped-call]
+
+
+@torch.no_grad()
+def head_argmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+    """The most likely token after each chosen row; the first of those that tie.
+
+    Args:
+        hidden: (num_tokens, hidden) inputs of the output layer.
+        weight: (vocab, hidden) of the output layer, same dtype as hidden.
+        bias: (vocab,) or None.
+        rows: (num_rows,) int64: which tokens are asked for.
+
+    Returns:
+        (num_rows,) int64.
+
+    Cost: one fp32 block of logits at a time, as `head_nll`.
+    """
+    vocab, dtype = weight.shape[0], _wide(weight.dtype)
+    size = _block_rows(dtype.itemsize * vocab, hidden.device)
+    best = torch.empty_like(rows)
+    buffer = torch.empty(min(size, rows.numel()), vocab, dtype=dtype, device=hidden.device)
+    for block in _blocks(rows.numel(), size):
+        logits = buffer[: block.stop - block.start]  # (num_rows, vocab)
+        _fill_logits(logits, hidden.index_select(0, rows[block]), weight, bias)
+        best[block] = logits.argmax(1)
+    return best

@@ -7,7 +7,7 @@ because in bf16 the composition of a micro-batch moves the loss by 1e-4.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
-from probe.chunked_head import head_nll
+from probe.chunked_head import head_argmax, head_nll
 from probe.errors import BatchError
 
 HeadPath = Literal["chunked", "plain"]
+TargetScore = Callable[[Tensor, Tensor], Tensor]  # (ids, mask) of a micro-batch -> (num_targets,)
 
 
 class TokenBatch(Protocol):
@@ -94,12 +95,15 @@ class CausalLoss:
 
     def sums(self, batch: TokenBatch) -> LossSums:
         """Per-sequence sums at the current parameters. Cost: one forward pass of the batch."""
-        nll: list[float] = []
-        with torch.no_grad():
-            for ids, mask in micro_batches(batch, self.micro_batch_sequences, self.device):
-                nll += self._sequence_sums(ids, mask)
         counts = tuple(batch.loss_mask.sum(1).tolist())
-        return LossSums(tuple(nll[: len(counts)]), counts)
+        return LossSums(self._per_sequence(batch, self._target_nll), counts)
+
+    def num_right(self, batch: TokenBatch) -> tuple[int, ...]:
+        """Targets of each sequence that are the most likely token after the true ones before.
+
+        Cost: one forward pass of the batch.
+        """
+        return tuple(int(count) for count in self._per_sequence(batch, self._target_is_best))
 
     def mean(self, batch: TokenBatch) -> float:
         """Mean loss in nats per token; NaN where any sequence diverged."""
@@ -121,10 +125,18 @@ class CausalLoss:
             total += self._backward_sum(ids, mask)
         return total / int(batch.loss_mask.sum())
 
-    def _sequence_sums(self, ids: Tensor, mask: Tensor) -> list[float]:
-        """Nats over the targets of each sequence of one micro-batch, added in fp64."""
+    def _per_sequence(self, batch: TokenBatch, score: TargetScore) -> tuple[float, ...]:
+        """Sums of a score over the targets of each sequence, in batch order."""
+        sums: list[float] = []
+        with torch.no_grad():
+            for ids, mask in micro_batches(batch, self.micro_batch_sequences, self.device):
+                sums += self._sequence_sums(ids, mask, score)
+        return tuple(sums[: batch.input_ids.shape[0]])
+
+    def _sequence_sums(self, ids: Tensor, mask: Tensor, score: TargetScore) -> list[float]:
+        """A score over the targets of each sequence of one micro-batch, added in fp64."""
         per_token = torch.zeros(mask.numel(), dtype=torch.float64, device=self.device)
-        per_token[mask.flatten()] = self._target_nll(ids, mask).double()
+        per_token[mask.flatten()] = score(ids, mask).double()
         sums: list[float] = per_token.view_as(mask).sum(1).tolist()
         return sums
 
@@ -135,15 +147,45 @@ class CausalLoss:
             nll.sum().backward()  # type: ignore[no-untyped-call]
         return float(nll.detach().double().sum())
 
+    def _target_is_best(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(num_targets,) bool in row-major order of the mask: no token is more likely."""
+        rows, targets = _rows_and_targets(ids, mask)
+        best = chunked_best if self.head_path == "chunked" else plain_best
+        return best(self.model, ids, rows) == targets
+
     def _target_nll(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(num_targets,) nats in row-major order of the mask."""
-        assert not bool(mask[:, 0].any()), "the first token has nothing to be predicted from"
-        positions = mask.flatten().nonzero()[:, 0]
-        targets = ids.flatten()[positions]
-        rows = positions - 1  # the logits at t - 1 predict token t of the same sequence
+        rows, targets = _rows_and_targets(ids, mask)
         if self.head_path == "chunked":
             return chunked_nll(self.model, ids, rows, targets)
         return plain_nll(self.model, ids, rows, targets)
+
+
+def _rows_and_targets(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat positions that predict, and the tokens they should: logits at t - 1 predict token t."""
+    assert not bool(mask[:, 0].any()), "the first token has nothing to be predicted from"
+    positions = mask.flatten().nonzero()[:, 0]
+    return positions - 1, ids.flatten()[positions]
+
+
+def plain_best(model: nn.Module, ids: Tensor, rows: Tensor) -> Tensor:
+    """The most likely token after each row, from the model's own logits."""
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits  # (sequences, length, vocab)
+    return logits.flatten(0, 1).index_select(0, rows).argmax(1)
+
+
+def chunked_best(model: nn.Module, ids: Tensor, rows: Tensor) -> Tensor:
+    """The same with the output layer replaced by `head_argmax` for this one call."""
+    found: list[Tensor] = []
+    head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
+
+    def forward(hidden: Tensor) -> Tensor:  # (num_sequences, length, hidden)
+        found.append(head_argmax(hidden.flatten(0, 1), head.weight, head.bias, rows))
+        return found[-1][None, None]
+
+    with _replaced_forward(head, forward):
+        model(input_ids=ids, use_cache=False)
+    return found[0]
 
 
 def plain_nll(model: nn.Module, ids: Tensor, rows: Tensor, targets: Tensor) -> Tensor:

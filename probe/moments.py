@@ -99,7 +99,7 @@ class WarmupMoments:
 
     def __init__(self, shards: Sequence[Shard], betas: tuple[float, float], *, why: str) -> None:
         self._betas = betas
-        self._why = why
+        self.why = why  # a phrase
         self._exp_avg: list[Tensor | None] = [None] * len(shards)
         self._exp_avg_sq: list[Tensor | None] = [None] * len(shards)
         self._steps = [0] * len(shards)
@@ -130,7 +130,7 @@ class WarmupMoments:
         """Says over how many batches, and why."""
         return (
             f"Accumulated over {self.num_warmup_batches} batches with the parameters fixed, and "
-            f"over the repeats before each one ({self._why})."
+            f"over the repeats before each one ({self.why})."
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
-Phase = Literal["load", "moments", "gradient", "search"]
+Phase = Literal["load", "moments", "gradient", "search", "train", "score"]
 OnProgress = Callable[[dict[str, Any]], None]
 
 

@@ -51,15 +51,26 @@ class Opened(Generic[BatchesT]):
 
         Cost: one forward and one backward pass of the batch.
         """
+        mean, grads = self.loss_and_gradient(batch, meter)
+        check_finite(mean, "a")
+        return grads
+
+    def loss_and_gradient(self, batch: Batch, meter: Meter) -> tuple[float, list[Tensor | None]]:
+        """The batch's mean loss, NaN and inf included, and its gradient, at the live weights.
+
+        Raises:
+            ConfigError: A token is beyond the model's vocabulary.
+
+        Cost: one forward and one backward pass of the batch.
+        """
         check_vocabulary(batch, self.model.model)
         means: list[float] = []
         grads = self.model.gradient(lambda: means.append(self.loss.backward(batch)))
-        check_finite(means[0], "a")
         meter.num_backward_passes += 1
         for grad in grads:
             if grad is not None:
                 grad.div_(batch.num_targets)
-        return grads
+        return means[0], grads
 
 
 class Workbench(Generic[BatchesT]):

@@ -1,4 +1,4 @@
-"""Batches of a mix scan: one per source and step, one per task, or mixed at a ratio.
+"""Batches of a mix scan or a training grid: per source and step, per task, or mixed at a ratio.
 
 Task sequences are drawn first and their documents never enter an update, also where a task reads
 the files a source reads. Step i of a source follows its step i - 1 and never overlaps it.
@@ -13,10 +13,11 @@ from probe.batches.batch import Batch
 from probe.batches.batch_set import SourceSequences, interleave, padding_token
 from probe.errors import BatchError
 from probe.spec_mix import MixScanSpec
+from probe.spec_train import MixTrainSpec
 
 
 class MixtureBatches:
-    """Every batch of one mix scan, by source, step, task and ratio, the same on every run.
+    """Every batch of one job on mixtures, by source, step, task and ratio, the same on every run.
 
     Args:
         spec: Sources, tasks, and how both are cut.
@@ -28,7 +29,9 @@ class MixtureBatches:
     Cost: reads the tasks' documents; sources are read as steps are asked for.
     """
 
-    def __init__(self, spec: MixScanSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, spec: MixScanSpec | MixTrainSpec, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
         self._cut = spec.batches
         self._pad = padding_token(tokenizer)
         digests: set[bytes] = set()  # of all tasks' documents

@@ -15,6 +15,8 @@ class Document:
 
     prompt: str  # conditions only; empty for plain text
     body: str  # counts in the loss
+    choices: tuple[str, ...] = ()  # of a question with choices; body is one of them
+    right: int = 0  # which
 
     @property
     def digest(self) -> bytes:
@@ -50,34 +52,39 @@ def to_document(row: Row, task: TextFormat | QuestionAnswerFormat) -> Document |
     if isinstance(task, TextFormat):
         text = _text(row, task.field)
         return Document("", text) if text.strip() else None
-    answer = _answer(row, task)
+    choices, right = _choices(row, task, task.choices) if task.choices else ((), 0)
+    answer = choices[right] if choices else _answer(row, task)
     if not answer.strip():
         return None
     # str.format would trip over braces in a question or a template about code
-    return Document(task.template.replace("{question}", _text(row, task.question)), answer)
+    prompt = task.template.replace("{question}", _text(row, task.question))
+    return Document(prompt, answer, choices, right)
 
 
 def _answer(row: Row, task: QuestionAnswerFormat) -> str:
-    if task.choices is None:
-        value = _field(row, task.answer)
-        if isinstance(value, int) and not isinstance(value, bool):
-            raise BatchError(
-                f"{row.place}: field {task.answer!r} is the number {value}; where it is an index "
-                "into a list, set format.choices to that list's field"
-            )
-        return _text(row, task.answer)
-    choices = _field(row, task.choices)
+    value = _field(row, task.answer)
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise BatchError(
+            f"{row.place}: field {task.answer!r} is the number {value}; where it is an index "
+            "into a list, set format.choices to that list's field"
+        )
+    return _text(row, task.answer)
+
+
+def _choices(row: Row, task: QuestionAnswerFormat, field: str) -> tuple[tuple[str, ...], int]:
+    """Every choice, and the index of the right one."""
+    choices = _field(row, field)
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise BatchError(
-            f"{row.place}: field {task.choices!r} must be a list of texts, found {_kind(choices)}"
+            f"{row.place}: field {field!r} must be a list of texts, found {_kind(choices)}"
         )
     index = _field(row, task.answer)
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(choices):
         raise BatchError(
             f"{row.place}: field {task.answer!r} must be an index 0..{len(choices) - 1} into "
-            f"{task.choices!r}, found {index!r}"
+            f"{field!r}, found {index!r}"
         )
-    return str(choices[index])
+    return tuple(choices), index
 
 
 def _text(row: Row, field: str) -> str:

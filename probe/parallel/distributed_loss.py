@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from probe.errors import BatchError
-from probe.loss import CausalLoss, LossSums, TokenBatch, micro_batch, num_micro_batches
+from probe.loss import CausalLoss, TargetScore, TokenBatch, micro_batch, num_micro_batches
 from probe.parallel import ShardedModel
 from probe.parallel.collectives import gather_floats
 
@@ -31,18 +31,16 @@ class DistributedLoss(CausalLoss):
     def __init__(self, model: ShardedModel, *, micro_batch_sequences: int) -> None:
         super().__init__(model.model, micro_batch_sequences=micro_batch_sequences)
 
-    def sums(self, batch: TokenBatch) -> LossSums:
-        """Per-sequence sums in batch order, the same on every rank.
+    def _per_sequence(self, batch: TokenBatch, score: TargetScore) -> tuple[float, ...]:
+        """Sums of a score in batch order, the same on every rank.
 
         Cost: one forward pass of the batch over all ranks, and one all-gather of its sums.
         """
         mine: list[float] = []
         with torch.no_grad():
             for ids, mask in self._own(batch):
-                mine += self._sequence_sums(ids, mask)
-        counts = tuple(batch.loss_mask.sum(1).tolist())
-        nll = self._in_batch_order(mine, self.micro_batch_sequences)
-        return LossSums(nll[: len(counts)], counts)
+                mine += self._sequence_sums(ids, mask, score)
+        return self._in_batch_order(mine, self.micro_batch_sequences)[: batch.input_ids.shape[0]]
 
     def backward(self, batch: TokenBatch) -> float:
         """Add the gradient of the SUM of all target losses, over all ranks; returns their mean.

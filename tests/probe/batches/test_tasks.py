@@ -28,7 +28,7 @@ def test_a_question_conditions_and_its_answer_counts():
 
 def test_the_right_choices_text_counts():
     found = document(MMLU, question="q", choices=["w", "x", "y"], answer=2)
-    assert found == Document("Question: q\nAnswer: ", "y")
+    assert found == Document("Question: q\nAnswer: ", "y", ("w", "x", "y"), 2)
 
 
 @pytest.mark.parametrize(
