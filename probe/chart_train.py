@@ -11,7 +11,7 @@ from typing import Any
 
 import altair as alt
 
-from probe.chart_style import INK, NOT_XML, Rows, Theme, chart_config, drawing_of, log_ticks
+from probe.chart_style import INK, NOT_XML, Rows, Theme, chart_config, drawing_of
 from probe.errors import ConfigError
 from probe.mix_summary import summarise_scans
 from probe.result_mix import MixScan, MixUnitResult
@@ -44,53 +44,53 @@ def train_chart(
     """
     if not results:
         raise ConfigError("a chart needs at least one finished unit; found none")
-    rows = []
+    grids = []
     by_label = {result.unit.checkpoint.label: result.unit.checkpoint for result in results}
     for table in summarise_training(results):
         checkpoint = by_label[table.checkpoint]
         scans = summarise_scans(unit for unit in scan if unit.unit.checkpoint == checkpoint)
-        rows += _rows_of(table, scans[0] if scans else None, theme)
+        grids.append(_grid_of(table, scans[0] if scans else None))
     title = NOT_XML.sub("", str(results[0].spec.get("name", ""))) or "training grid"
     chart: alt.VConcatChart = (
-        alt.vconcat(*rows, spacing=14)
+        alt.vconcat(*grids, spacing=24)
         .properties(title=alt.TitleParams(title, subtitle=_subtitle(results[0], bool(scan))))
         .configure(**chart_config(theme))
     )
     return chart
 
 
-def _rows_of(table: TrainTable, scan: MixScan | None, theme: Theme) -> list[Any]:
+def _grid_of(table: TrainTable, scan: MixScan | None) -> Any:
+    """One checkpoint: a row of two heat maps per task."""
     tasks = list(dict.fromkeys(cell.change.task for cell in table.cells))
-    drawn = []
+    panels = []
     for task in tasks:
         cells = [cell for cell in table.cells if cell.change.task == task]
         kind = cells[0].change.accuracy_kind
-        panels = [
-            _panel(table, cells, "loss", f"{task}: loss, nats per token", scan, theme),
-            _panel(table, cells, "accuracy", f"{task}: {kind} accuracy, % points", scan, theme),
-        ]
-        drawn.append(alt.hconcat(*panels, spacing=24))
+        overlay = [] if scan is None else _overlay_rows(scan, task)
+        for metric, title in (
+            ("loss", f"{task}: loss, nats per token"),
+            ("accuracy", f"{task}: {kind} accuracy, % points"),
+        ):
+            below = f"share of {_clean(table.varied)} in the training mix"
+            panel = _panel(cells, metric, overlay, below if task == tasks[-1] else None)
+            caption = alt.TitleParams(
+                _clean(title), fontSize=11, anchor="start", fontWeight="normal"
+            )
+            panels.append(panel.properties(title=caption))
     name = alt.TitleParams(_clean(table.checkpoint), fontSize=12, anchor="start")
-    return [drawn[0].properties(title=name), *drawn[1:]]
+    return alt.concat(*panels, columns=2, spacing=14).properties(title=name)
 
 
-def _panel(
-    table: TrainTable,
-    cells: Sequence[TrainCell],
-    metric: str,
-    title: str,
-    scan: MixScan | None,
-    theme: Theme,
-) -> Any:
+def _panel(cells: Sequence[TrainCell], metric: str, overlay: Rows, below: str | None) -> Any:
     rows = cell_rows(cells, metric)
-    overlay = [] if scan is None else _overlay_rows(scan, cells[0].change.task)
-    x, y = _axes(table, rows, overlay)
+    x, y = _axes(rows, overlay, below)
     limit = _limit_of_colours(rows, metric)
     better_is_down = metric == "loss"
     colours = [_GOOD, _SAME, _BAD] if better_is_down else [_BAD, _SAME, _GOOD]
     color = alt.Color(
         "change:Q",
-        scale=alt.Scale(domain=[-limit, 0, limit], range=colours, clamp=True),
+        # In rgb: other spaces pass through cyan on the way from blue to white.
+        scale=alt.Scale(domain=[-limit, 0, limit], range=colours, clamp=True, interpolate="rgb"),
         legend=alt.Legend(title=None, gradientLength=_HEIGHT - 20, format="+.2~g"),
     )
     finished = [row for row in rows if row["change"] is not None]
@@ -100,13 +100,12 @@ def _panel(
     if len(finished) < len(rows):
         diverged = [row for row in rows if row["change"] is None]
         layers.append(_rectangles(diverged, x, y).encode(color=alt.value(_DIVERGED)))
-    layers += _numbers(rows, limit, x, y)
-    layers += _overlay_layers(overlay, x, y, theme)
-    caption = alt.TitleParams(_clean(title), fontSize=11, anchor="start", fontWeight="normal")
+    layers += _overlay_layers(overlay, x, y)
+    layers += _numbers(rows, limit, x, y)  # last: a curve must not cross them out
     return (
         alt.layer(*layers)
         .resolve_scale(color="independent")
-        .properties(width=_WIDTH, height=_HEIGHT, title=caption)
+        .properties(width=_WIDTH, height=_HEIGHT)
     )
 
 
@@ -163,14 +162,14 @@ def _limit_of_colours(rows: Rows, metric: str) -> float:
     return max(better, default=max((abs(change) for change in changes), default=0.0)) or 1.0
 
 
-def _axes(table: TrainTable, rows: Rows, overlay: Rows) -> tuple[alt.X, alt.Y]:
+def _axes(rows: Rows, overlay: Rows, below: str | None) -> tuple[alt.X, alt.Y]:
     answers = [row["eta_c"] for row in overlay if row["eta_c"]]
     low = min([row["low"] for row in rows] + answers)
     high = max([row["high"] for row in rows] + answers)
     left, right = min(row["left"] for row in rows), max(row["right"] for row in rows)
     x = alt.X(
         "ratio:Q",
-        title=f"share of {_clean(table.varied)} in the training mix",
+        title=below,
         scale=alt.Scale(domain=[left, right], nice=False, zero=False),
         axis=alt.Axis(
             format="~g", grid=False, values=sorted({r["ratio"] for r in rows}), labelOverlap=True
@@ -180,7 +179,12 @@ def _axes(table: TrainTable, rows: Rows, overlay: Rows) -> tuple[alt.X, alt.Y]:
         "learning_rate:Q",
         title="learning rate",
         scale=alt.Scale(type="log", domain=[low, high], nice=False),
-        axis=alt.Axis(format="~e", grid=False, values=log_ticks(low, high), labelOverlap=True),
+        axis=alt.Axis(
+            format="~e",
+            grid=False,
+            values=sorted({row["learning_rate"] for row in rows}),
+            labelOverlap=True,
+        ),
     )
     return x, y
 
@@ -243,7 +247,7 @@ def _overlay_rows(scan: MixScan, task: str) -> Rows:
     return rows
 
 
-def _overlay_layers(rows: Rows, x: alt.X, y: alt.Y, theme: Theme) -> list[Any]:
+def _overlay_layers(rows: Rows, x: alt.X, y: alt.Y) -> list[Any]:
     ink = {"stroke": INK["light"][0], "strokeWidth": 1.4}
     tooltip = [
         "what:N",
