@@ -7,6 +7,7 @@ python -m docs.make_jobs_page --check
 import argparse
 import sys
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -15,44 +16,73 @@ from pydantic_core import PydanticUndefined
 from probe.kinds import KINDS
 
 PAGE = Path(__file__).parent / "jobs.md"
-EXAMPLE = Path(__file__).parents[1] / "configs" / "demo-series.yaml"
+_CONFIGS = Path(__file__).parents[1] / "configs"
+_EXAMPLES = {"checkpoint_series": ("The demo's job:", _CONFIGS / "demo-series.yaml")}
 _INTRODUCTION = """\
 # The job file
 
-Written by `make docs` from `probe/spec.py`: change the text there.
+Written by `make docs` from `probe/spec.py` and the like: change the text there.
 
 A job is YAML for `probe run` and `probe submit`, JSON for `POST /v1/jobs`, the same fields in both.
 Unknown keys are refused with the nearest valid one. `--set a.b=c` changes one field from the
-command line, `--plan` prints the job with every default filled in. The demo's job:
-
+command line, `--plan` prints the job with every default filled in.
 """
 
 
 def jobs_page() -> str:
     """The whole page as Markdown."""
-    parts = [_INTRODUCTION, "```yaml\n", EXAMPLE.read_text(encoding="utf-8"), "```\n"]
+    parts = [_INTRODUCTION]
+    written: dict[tuple[str, type[BaseModel]], str] = {}
     for kind, model in KINDS.items():
         parts.append(f"\n## `kind: {kind}`\n\n{_first_line(model)}\n")
-        parts += _sections(model, "")
+        if kind in _EXAMPLES:
+            says, file = _EXAMPLES[kind]
+            parts.append(f"{says}\n\n```yaml\n{file.read_text(encoding='utf-8')}```\n")
+        # Parts that several kinds share are described once.
+        suffix = f" of {kind}" if written else ""
+        parts += _sections(model, "", suffix, written)
     return "".join(parts)
 
 
-def _sections(model: type[BaseModel], path: str) -> list[str]:
-    """The table of one model's fields, then a section for every model below it."""
+def _sections(
+    model: type[BaseModel], path: str, suffix: str, written: dict[tuple[str, type[BaseModel]], str]
+) -> list[str]:
+    """The table of one model's fields, then a section for every model below it.
+
+    Args:
+        model: Whose fields.
+        path: Dotted, ends with a dot unless empty.
+        suffix: Of the titles, so that no two on the page are alike.
+        written: Title of every section so far, by path and model; added to.
+    """
     rows = ["\n| field | type | default | |\n|---|---|---|---|\n"]
     below = []
     for name, field in model.model_fields.items():
         inner = _models_in(field.annotation)
-        kind = " or ".join(f"[below](#{_anchor(path + name, m)})" for m in inner)
+        for m in inner:
+            if (path + name, m) not in written:
+                written[path + name, m] = f"`{path}{name}`{_tag(m)}{suffix}"
+                below.append((path + name, m))
+        links = [f"[below](#{_anchor(written[path + name, m])})" for m in inner]
+        kind = " or ".join([*_plain_forms(field.annotation), *links])
         kind = kind or _type_text(field.annotation).replace("|", "\\|")
         default = _default_text(field, inner)
         text = (field.description or "").replace("|", "\\|")
         rows.append(f"| `{name}` | {kind} | {default} | {text} |\n")
-        below += [(path + name, m) for m in inner]
     for where, inner_model in below:
-        title = f"\n### `{where}`{_tag(inner_model)}\n\n{_first_line(inner_model)}\n"
-        rows += [title, *_sections(inner_model, f"{where}.")]
+        title = f"\n### {written[where, inner_model]}\n\n{_first_line(inner_model)}\n"
+        rows += [title, *_sections(inner_model, f"{where}.", suffix, written)]
     return rows
+
+
+def _plain_forms(annotation: Any) -> list[str]:
+    """The alternatives of a field that are no mapping, where others are: `ratios` as a list."""
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    is_union = get_origin(annotation) is Union or get_origin(annotation) is UnionType
+    forms = [part for part in get_args(annotation) if not _models_in(part)] if is_union else []
+    named = [_type_text(part) for part in forms if part is not type(None)]
+    return named if _models_in(annotation) else []
 
 
 def _first_line(model: type[BaseModel]) -> str:
@@ -67,9 +97,8 @@ def _tag(model: type[BaseModel]) -> str:
     return ""
 
 
-def _anchor(where: str, model: type[BaseModel]) -> str:
-    title = f"{where}{_tag(model)}".lower()
-    return "".join(c for c in title.replace(" ", "-") if c.isalnum() or c in "-_")
+def _anchor(title: str) -> str:
+    return "".join(c for c in title.lower().replace(" ", "-") if c.isalnum() or c in "-_")
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

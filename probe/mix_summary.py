@@ -13,6 +13,7 @@ from probe.result_mix import (
     MixScan,
     MixSweetSpot,
     MixUnitResult,
+    MixUnitSummary,
 )
 from probe.sweet_spot import find_crossings, find_sweet_spot, typical
 
@@ -28,6 +29,21 @@ def summarise_scans(results: Iterable[MixUnitResult]) -> list[MixScan]:
         key = result.unit.checkpoint.model_dump_json()
         by_checkpoint.setdefault(key, []).append(result)
     return [_scan(units) for units in by_checkpoint.values()]
+
+
+def summarise_unit(result: MixUnitResult) -> MixUnitSummary:
+    """One unit in a few numbers: its sweet spot, or its tasks where it has a single ratio."""
+    scan = _scan([result])
+    ratios = {m.ratio for m in result.measurements}
+    is_single = len(ratios) == 1
+    return MixUnitSummary(
+        ratio=result.unit.ratio,
+        num_ratios=len(ratios),
+        num_searches=len(result.measurements),
+        outcomes=dict(Counter(m.outcome.value for m in result.measurements)),
+        points=scan.points if is_single else [],
+        sweet_spot=None if is_single else scan.sweet_spot,
+    )
 
 
 def _scan(units: Sequence[MixUnitResult]) -> MixScan:

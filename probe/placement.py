@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 from probe.errors import ConfigError
 from probe.gpus import gpu_memory_bytes
+from probe.kinds import JobSpec
 from probe.model_size import ModelSize
 from probe.result import Backend
 from probe.spec import AdamW, CheckpointSeriesSpec, ParallelOptions
+from probe.spec_mix import MixScanSpec
 
 _FP32_BYTES = 4
 # Share of a GPU that weights and buffers may take; the rest is activations, gathered layers and
@@ -55,15 +57,13 @@ def fixed_num_ranks(parallel: ParallelOptions) -> int | None:
     return 1 if parallel.backend == "single" else parallel.ranks
 
 
-def place(spec: CheckpointSeriesSpec, size: ModelSize | None) -> Placement:
+def place(spec: JobSpec, size: ModelSize | None) -> Placement:
     """Where a job runs when this machine measures it; `choose_placement` with its GPUs."""
     gpus = gpu_memory_bytes() if spec.model.device != "cpu" else []
     return choose_placement(spec, size, gpus)
 
 
-def choose_placement(
-    spec: CheckpointSeriesSpec, size: ModelSize | None, gpus: Sequence[int]
-) -> Placement:
+def choose_placement(spec: JobSpec, size: ModelSize | None, gpus: Sequence[int]) -> Placement:
     """As many ranks as the spec says, else the fewest GPUs that hold the model.
 
     Args:
@@ -94,7 +94,7 @@ def choose_placement(
     return Placement(backend_for(spec.parallel, num_ranks), num_ranks, memory, tuple(notes))
 
 
-def _fewest(spec: CheckpointSeriesSpec, size: ModelSize | None, gpus: Sequence[int]) -> int:
+def _fewest(spec: JobSpec, size: ModelSize | None, gpus: Sequence[int]) -> int:
     if size is None or not gpus:
         return 1
     room = _ROOM * min(gpus)
@@ -102,19 +102,44 @@ def _fewest(spec: CheckpointSeriesSpec, size: ModelSize | None, gpus: Sequence[i
     return next(fitting, len(gpus))
 
 
-def memory_bytes_per_rank(spec: CheckpointSeriesSpec, size: ModelSize, num_ranks: int) -> int:
+def memory_bytes_per_rank(spec: JobSpec, size: ModelSize, num_ranks: int) -> int:
     """Weights and buffers of one rank at the peak, activations left out.
 
-    Live weights (in the forward dtype; FSDP2 keeps fp32), and in fp32: the base (in host memory
-    where a GPU's is offloaded), the direction, the gradient, two moments for AdamW, and the
-    held-out gradient where there is one. Sharded, each rank has its share of these, and the
-    largest group of layers while it is gathered.
+    Live weights (in the forward dtype; FSDP2 keeps fp32), the fp32 base (in host memory where a
+    GPU's is offloaded), and what the kind of job keeps beside them. Sharded, each rank has its
+    share of these, and the largest group of layers while it is gathered.
     """
     backend = backend_for(spec.parallel, num_ranks)
     forward = _FP32_BYTES if spec.model.dtype == "float32" else 2
     live = _FP32_BYTES if backend == "fsdp2" else forward
-    buffers = 3 + (2 if isinstance(spec.optimizer, AdamW) else 0)
-    buffers += 1 if spec.measurement.loss_batch != "update" else 0
-    buffers -= 1 if spec.parallel.offload_base and spec.model.device != "cpu" else 0
-    share = -(-size.num_parameters // num_ranks) * (live + buffers * _FP32_BYTES)
+    is_offloaded = spec.parallel.offload_base and spec.model.device != "cpu"
+    base = 0 if is_offloaded else _FP32_BYTES
+    kept = _mix_bytes(spec) if isinstance(spec, MixScanSpec) else _series_bytes(spec)
+    share = -(-size.num_parameters // num_ranks) * (live + base + kept)
     return share if backend == "single" else share + size.largest_group * forward
+
+
+def _series_bytes(spec: CheckpointSeriesSpec) -> int:
+    """Per parameter, in fp32: direction, gradient, AdamW's moments, the held-out gradient."""
+    buffers = 2 + (2 if isinstance(spec.optimizer, AdamW) else 0)
+    buffers += 1 if spec.measurement.loss_batch != "update" else 0
+    return buffers * _FP32_BYTES
+
+
+def _mix_bytes(spec: MixScanSpec) -> int:
+    """Per parameter: every task's gradient, and what makes the direction.
+
+    Exact gradients: direction, gradient and two moments. Shared ones of S sources: S gradients at
+    a time and the S (S + 3) / 2 moments in `mixture.buffers`; a direction is made once the
+    gradients have entered them. With saved moments, which are read as needed: S gradients and the
+    direction. `moments: auto` counts as accumulated ones, which take more.
+    """
+    tasks = len(spec.eval_tasks) * _FP32_BYTES
+    if spec.mixture.gradients == "exact":
+        return tasks + 4 * _FP32_BYTES
+    num_sources = len(spec.mixture.sources)
+    if spec.optimizer.moments == "checkpoint":
+        return tasks + (num_sources + 1) * _FP32_BYTES
+    width = _FP32_BYTES if spec.mixture.buffers == "float32" else 2
+    moments = num_sources * (num_sources + 3) // 2 * width
+    return tasks + num_sources * _FP32_BYTES + moments

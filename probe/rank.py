@@ -38,12 +38,14 @@ from probe.parallel.join import (
 from probe.placement import backend_for
 from probe.plan import expand_units
 from probe.prefetch import Prefetcher
-from probe.result import Unit, UnitResult, eta_init_hint
+from probe.result import Unit
 from probe.spec import AdamW
 from probe.spec_load import load_spec, parse_spec
+from probe.unit_results import next_eta_init, parse_result
 
 if TYPE_CHECKING:
     from probe.engine import Session
+    from probe.mix_engine import MixSession
 
 _log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
@@ -98,19 +100,19 @@ class Measurer:
     def __init__(self, send: Send, *, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> None:
         self._send = send
         self._collective_timeout_s = collective_timeout_s
-        self._session: Session | None = None
+        self._session: Session | MixSession | None = None
         self._prefetcher: Prefetcher | None = None  # one on every machine
 
     def start_job(self, raw: Any) -> bool:
         """A new job: earlier model, tokenizer and batches are let go. False after an error."""
         self._session = None
         try:
-            from probe.engine import Session
+            from probe.sessions import open_session
 
             spec = parse_spec(raw)
             backend = backend_for(spec.parallel, world_size())
             join_ranks(backend, spec.model.device, self._collective_timeout_s)
-            self._session = Session(spec)
+            self._session = open_session(spec)
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 optimizer = spec.optimizer
                 wanted = isinstance(optimizer, AdamW) and optimizer.moments != "warmup"
@@ -127,7 +129,7 @@ class Measurer:
 
         Args:
             raw: The unit.
-            eta_init: First guess per loss batch.
+            eta_init: First guess per loss batch or task.
             upcoming: The unit after it, whose checkpoint is fetched once this one's is here.
         """
         unit_id = raw.get("unit_id") if isinstance(raw, dict) else None
@@ -269,7 +271,7 @@ def _run_units(measurer: Measurer, units: list[Unit], out: str | None) -> int:
                 break
             continue
         # A unit without an answer leaves the guess of the one before it, as in a queued job.
-        eta_init = eta_init_hint(UnitResult.model_validate(event["result"])) or eta_init
+        eta_init = next_eta_init(parse_result(event["result"])) or eta_init
         if out is not None:
             with Path(out).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event["result"]) + "\n")

@@ -150,6 +150,7 @@ class Provenance(ResultModel):
 class UnitResult(ResultModel):
     """The result of one unit of a `checkpoint_series` job."""
 
+    kind: Literal["checkpoint_series"] = "checkpoint_series"
     unit: Unit
     spec: dict[str, Any] = Field(description="The resolved job spec.")
     measurements: list[Measurement]

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from probe.line_search import SearchOutcome
 from probe.result import Provenance, ResultModel, SearchRecord, Unit
 
 
@@ -92,3 +93,32 @@ class MixUnitResult(ResultModel):
     )
     memory_bytes: int = Field(description="Peak: device memory on a GPU, resident set on a CPU.")
     provenance: Provenance
+
+    @property
+    def has_every_answer(self) -> bool:
+        """Whether every search converged."""
+        return all(m.outcome is SearchOutcome.CONVERGED for m in self.measurements)
+
+
+class MixUnitSummary(ResultModel):
+    """What a finished unit of a mix scan comes to, in a few numbers: for events and progress."""
+
+    ratio: float | None = Field(description="With exact gradients: the unit's ratio.")
+    num_ratios: int
+    num_searches: int
+    outcomes: dict[str, int] = Field(description="How many searches ended in each outcome.")
+    points: list[MixPoint] = Field(description="At a single ratio: one per task; else empty.")
+    sweet_spot: MixSweetSpot | None = Field(description="Of this unit; None at a single ratio.")
+
+
+def mix_eta_init_hint(result: MixUnitResult) -> dict[str, float] | None:
+    """First guesses for the unit after this one: the last eta_c of every task.
+
+    A scan of all ratios begins with the smallest one, so its hint is what was found there, or at
+    the next ratio that has an answer. None where no search has one.
+    """
+    found: dict[str, tuple[float, float]] = {}  # task -> (ratio, eta_c)
+    for m in result.measurements:
+        if m.eta_c is not None and m.ratio <= found.get(m.task, (m.ratio, 0.0))[0]:
+            found[m.task] = (m.ratio, m.eta_c)
+    return {task: eta_c for task, (_, eta_c) in found.items()} or None

@@ -21,6 +21,8 @@ from probe.spec import SpecModel
 
 # Discriminator tags that pydantic puts into error locations; they are not keys of the spec.
 _TAGS = frozenset({"local", "hub", "gguf", "adamw", "sgd", "files", "text", "question_answer"})
+# Tags of `mixture.ratios`, one of whose forms is no model: they never are keys.
+_FORMS = frozenset({"ratio_list", "ratio_grid"})
 # ValueError: what looks like a date and is none, as 2026-13-01.
 _NOT_YAML = (yaml.YAMLError, RecursionError, ValueError)
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -142,6 +144,8 @@ def _without_tags(model: type[BaseModel], location: Sequence[str | int]) -> list
     path: list[str | int] = []
     tag_may_follow = False
     for part in location:
+        if part in _FORMS:
+            continue
         if tag_may_follow and part in _TAGS:
             tag_may_follow = False
             continue

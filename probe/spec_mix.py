@@ -3,9 +3,9 @@
 Torch-free, as `probe.spec`, whose parts it is made of.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from probe.spec import (
     AdamW,
@@ -34,6 +34,23 @@ class RatioGrid(SpecModel):
         if not self.start < self.stop:
             raise ValueError(f"need start < stop, got {self.start} and {self.stop}")
         return self
+
+
+def _form_of_ratios(value: Any) -> str | None:
+    """Which form was meant: so that what is wrong with it is said of that form alone."""
+    if isinstance(value, dict | RatioGrid):
+        return "ratio_grid"
+    return "ratio_list" if isinstance(value, list) else None
+
+
+Ratios = Annotated[
+    Annotated[list[Ratio], Tag("ratio_list")] | Annotated[RatioGrid, Tag("ratio_grid")],
+    Discriminator(
+        _form_of_ratios,
+        custom_error_type="ratios_form",
+        custom_error_message="must be a list of ratios or {start, stop, num}",
+    ),
+]
 
 
 class MixtureSources(SpecModel):
@@ -67,7 +84,7 @@ class MixtureSources(SpecModel):
 class Mixture(MixtureSources):
     """The data the update direction is made from, and how its composition is varied."""
 
-    ratios: list[Ratio] | RatioGrid = Field(
+    ratios: Ratios = Field(
         RatioGrid(), description="Shares of the varied source: a list, or {start, stop, num}."
     )
     gradients: Literal["shared", "exact"] = Field(

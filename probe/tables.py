@@ -105,13 +105,13 @@ def summary_rows(results: Iterable[UnitResult]) -> list[Row]:
     ]
 
 
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def to_csv(rows: Sequence[Mapping[str, Any]], columns: Iterable[str] = COLUMNS) -> str:
     """RFC 4180 text with a header line; `None` is an empty cell, floats keep every digit.
 
     Text that a spreadsheet would run as a formula gets a leading apostrophe; numbers do not.
-    The columns are those of the first row, or `COLUMNS` when there is none.
+    The columns are those of the first row, or `columns` when there is none.
     """
-    columns = list(rows[0]) if rows else list(COLUMNS)
+    columns = list(rows[0]) if rows else list(columns)
     out = io.StringIO()
     writer = csv.writer(out)
     writer.writerow(columns)
@@ -127,14 +127,14 @@ def _cell(value: Any) -> Any:
     return value
 
 
-def to_parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """A Parquet file of long-form rows, typed by `COLUMNS` also where a column is all empty."""
+def to_parquet(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, type] = COLUMNS) -> bytes:
+    """A Parquet file of long-form rows, typed by `columns` also where a column is all empty."""
     # Imported here: it takes 0.3 s, and only this function needs it.
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     types = {str: pa.string(), int: pa.int64(), float: pa.float64()}
-    schema = pa.schema([(name, types[kind]) for name, kind in COLUMNS.items()])
+    schema = pa.schema([(name, types[kind]) for name, kind in columns.items()])
     out = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), out)
     return out.getvalue()

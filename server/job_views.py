@@ -5,7 +5,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from probe.mix_summary import summarise_unit
 from probe.result import UnitResult
+from probe.result_mix import MixUnitResult
 from server import queue
 from server.tables import jobs, unit_results
 from server.wire import JobError, JobView
@@ -36,14 +38,19 @@ def time_of(ms: int) -> dt.datetime:
     return dt.datetime.fromtimestamp(ms / 1000, dt.UTC)
 
 
-def finished_data(result: UnitResult) -> dict[str, Any]:
+def finished_data(result: UnitResult | MixUnitResult) -> dict[str, Any]:
     """What `unit.finished` tells: enough for a table row, not every trial."""
-    return {
+    common = {
+        "kind": result.kind,
         "unit_id": result.unit.unit_id,
         "index": result.unit.index,
         "step": result.unit.checkpoint.step,
         "num_forward_passes": result.num_forward_passes,
         "duration_s": result.duration_s,
+    }
+    if isinstance(result, MixUnitResult):
+        return common | {"scan": summarise_unit(result).model_dump(mode="json")}
+    return common | {
         "stability_threshold": result.stability_threshold,
         "summaries": [summary.model_dump(mode="json") for summary in result.summaries],
     }

@@ -10,7 +10,8 @@ from typing import Any, get_args
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from probe.result import Plan, UnitResult
+from probe.result import Plan
+from probe.unit_results import AnyUnitResult, parse_result
 from server import queue, tables
 from server.errors import IdempotencyConflictError, StoreNotReadyError
 from server.job_ids import new_job_id
@@ -192,7 +193,7 @@ class SqlStore:
 
     # --- unit results
 
-    def record_unit(self, job_id: str, result: UnitResult) -> bool:
+    def record_unit(self, job_id: str, result: AnyUnitResult) -> bool:
         unit = result.unit
         with self.engine.begin() as connection:
             inserted = connection.execute(
@@ -225,20 +226,20 @@ class SqlStore:
             self._append(connection, job_id, "unit.finished", finished_data(result))
         return True
 
-    def unit_result(self, job_id: str, unit_index: int) -> UnitResult | None:
+    def unit_result(self, job_id: str, unit_index: int) -> AnyUnitResult | None:
         """One unit's recorded result."""
         query = sa.select(unit_results.c.result).where(
             unit_results.c.job_id == job_id, unit_results.c.unit_index == unit_index
         )
         with self.engine.connect() as connection:
             found = connection.scalar(query)
-        return None if found is None else UnitResult.model_validate(found)
+        return None if found is None else parse_result(found)
 
-    def unit_results(self, job_id: str) -> list[UnitResult]:
+    def unit_results(self, job_id: str) -> list[AnyUnitResult]:
         query = sa.select(unit_results.c.result).where(unit_results.c.job_id == job_id)
         with self.engine.connect() as connection:
             found = connection.scalars(query.order_by(unit_results.c.unit_index)).all()
-        return [UnitResult.model_validate(result) for result in found]
+        return [parse_result(result) for result in found]
 
     # --- events
 

@@ -2,7 +2,8 @@
 
 from typing import Any, Protocol
 
-from probe.result import Plan, UnitResult
+from probe.result import Plan
+from probe.unit_results import AnyUnitResult
 from server.wire import Event, EventType, JobView, WorkerView
 
 
@@ -42,10 +43,10 @@ class Store(Protocol):
 
     def get_plan(self, job_id: str) -> Plan | None: ...
 
-    def record_unit(self, job_id: str, result: UnitResult) -> bool:
+    def record_unit(self, job_id: str, result: AnyUnitResult) -> bool:
         """Store a unit's result once, with its `unit.finished`; False when it was there already."""
 
-    def unit_results(self, job_id: str) -> list[UnitResult]: ...
+    def unit_results(self, job_id: str) -> list[AnyUnitResult]: ...
 
     def append_event(self, job_id: str, type: EventType, data: dict[str, Any]) -> Event | None:
         """Add to a job's events; None once the job's closing event stands."""

@@ -1,11 +1,15 @@
 """Wire types of `/v1`: what the server sends and the client reads. Only ever added to."""
 
 import datetime as dt
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from probe.result import CheckpointRef, UnitResult
+from probe.mix_summary import summarise_scans
+from probe.result import CheckpointRef
+from probe.result_mix import MixScan, MixUnitResult
+from probe.unit_results import AnyUnitResult
 
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 TERMINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
@@ -91,7 +95,18 @@ class ResultList(_Wire):
     object: Literal["list"] = "list"
     job_id: str
     status: JobStatus
-    data: list[UnitResult]
+    data: list[AnyUnitResult]
+    scans: list[MixScan] = Field(
+        default_factory=list,
+        description="What a mix scan's units come to, per checkpoint: every point, the sweet spot "
+        "and the crossings. Empty for other kinds.",
+    )
+
+    @classmethod
+    def of(cls, job_id: str, status: JobStatus, results: Sequence[AnyUnitResult]) -> Self:
+        """The list of these results, with what they come to."""
+        scans = summarise_scans(r for r in results if isinstance(r, MixUnitResult))
+        return cls(job_id=job_id, status=status, data=list(results), scans=scans)
 
 
 class Event(_Wire):
@@ -102,8 +117,8 @@ class Event(_Wire):
     at: dt.datetime
     data: dict[str, Any] = Field(
         description="unit.*: unit_id, index. unit.progress also: phase (load, moments, gradient, "
-        "search), done, total, num_forward_passes. unit.finished: summary rows. "
-        "unit.retrying, job.failed: code, message."
+        "search), done, total, num_forward_passes. unit.finished: summary rows, or `scan` for a "
+        "mix scan. unit.retrying, job.failed: code, message."
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from probe.line_search import SearchOutcome
 from probe.result import CheckpointRef, Measurement, Provenance, Summary, Unit, UnitResult
+from probe.result_mix import MixMeasurement, MixUnitResult
 from probe.spec_load import parse_spec, resolved, spec_sha256
 
 MakeUnitResult = Callable[..., UnitResult]
@@ -59,7 +60,6 @@ def make_unit_result(series_spec: dict[str, Any]) -> MakeUnitResult:
             for loss_batch, values in etas.items()
             for repeat, value in enumerate(values)
         ]
-        now = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
         return UnitResult(
             unit=Unit(
                 index=index,
@@ -77,23 +77,28 @@ def make_unit_result(series_spec: dict[str, Any]) -> MakeUnitResult:
             num_backward_passes=1,
             duration_s=1.5,
             memory_bytes=10**8,
-            provenance=Provenance(
-                spec_sha256=spec_sha256(job),
-                versions={"probe": "0.1.0"},
-                git_commit=None,
-                device="cpu (1 thread)",
-                dtype="float32",
-                attention="sdpa",
-                moments="checkpoint",
-                moments_detail="read from the checkpoint",
-                num_parameters=1000,
-                hostname="here",
-                started_at=now,
-                finished_at=now,
-            ),
+            provenance=_provenance(spec_sha256(job)),
         )
 
     return make
+
+
+def _provenance(spec_sha256: str) -> Provenance:
+    now = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
+    return Provenance(
+        spec_sha256=spec_sha256,
+        versions={"probe": "0.1.0"},
+        git_commit=None,
+        device="cpu (1 thread)",
+        dtype="float32",
+        attention="sdpa",
+        moments="checkpoint",
+        moments_detail="read from the checkpoint",
+        num_parameters=1000,
+        hostname="here",
+        started_at=now,
+        finished_at=now,
+    )
 
 
 def _measurement(repeat: int, loss_batch: Any, value: float | str) -> Measurement:
@@ -145,4 +150,115 @@ def _summary(loss_batch: Any, measurements: list[Measurement]) -> Summary:
         loss_mean=4.0,
         outcomes=outcomes,
         num_forward_passes=sum(m.num_forward_passes for m in chosen),
+    )
+
+
+@pytest.fixture
+def mix_spec() -> dict[str, Any]:
+    """A small, complete `mix_scan` spec as a user would send it."""
+    web = {"type": "files", "name": "web", "paths": ["web.jsonl"]}
+    gsm8k = {
+        "type": "files",
+        "name": "gsm8k",
+        "paths": ["gsm8k.jsonl"],
+        "format": {"type": "question_answer"},
+    }
+    return {
+        "kind": "mix_scan",
+        "name": "demo scan",
+        "labels": {"project": "demo"},
+        "checkpoints": {"source": "local", "path": "runs/a/step-300"},
+        "optimizer": {"moments": "warmup", "warmup_steps": 3},
+        "mixture": {"sources": [web, gsm8k], "ratios": [0.0, 0.5, 1.0]},
+        "eval_tasks": [
+            {"data": web | {"name": "web_task"}, "sequences": 8},
+            {"data": gsm8k | {"name": "gsm8k_test"}, "sequences": 16},
+        ],
+        "batches": {"sequence_length": 128, "batch_sequences": 4},
+        "measurement": {"repeats": 2},
+    }
+
+
+# eta_c of every repeat by ratio, or an outcome without one. The least eta_c is 0.1 (web), 0.2
+# (gsm8k) and none, so the sweet spot is 0.5. log eta_c differs by -3 log 2 at 0 and by log 2 at
+# 0.5, so straight lines cross three quarters of the way, at 0.375, where eta_c is 0.1 * 4^0.75.
+CURVES: dict[str, dict[float, list[float | str]]] = {
+    "web_task": {0.0: [0.1, 0.1], 0.5: [0.4, 0.4], 1.0: [1.6, 1.0]},
+    "gsm8k_test": {
+        0.0: [0.8, 0.8],
+        0.5: [0.2, 0.2],
+        1.0: ["not_a_descent_direction", "not_a_descent_direction"],
+    },
+}
+
+
+@pytest.fixture
+def make_mix_result(mix_spec: dict[str, Any]) -> Callable[..., MixUnitResult]:
+    """Builds a `MixUnitResult` from eta_c values: `make()` gives `CURVES`."""
+
+    def make(
+        index: int = 0,
+        step: int | None = 300,
+        *,
+        ratio: float | None = None,
+        curves: dict[str, dict[float, list[float | str]]] | None = None,
+    ) -> MixUnitResult:
+        values = CURVES if curves is None else curves
+        spec = parse_spec(mix_spec)
+        ratios = sorted({r for by_ratio in values.values() for r in by_ratio})
+        ratios = ratios if ratio is None else [ratio]
+        num_repeats = max(len(v) for by_ratio in values.values() for v in by_ratio.values())
+        measurements = [
+            _mix_measurement(repeat, at, task, values[task][at][repeat])
+            for repeat in range(num_repeats)
+            for at in ratios
+            for task in values
+        ]
+        checkpoint = CheckpointRef(source="local", location=f"runs/a/step-{step}", step=step)
+        suffix = "" if ratio is None else f"-ratio-{ratio:g}"
+        return MixUnitResult(
+            unit=Unit(
+                index=index,
+                unit_id=f"{index:04d}-step-{step}{suffix}",
+                checkpoint=checkpoint,
+                ratio=ratio,
+            ),
+            spec=resolved(spec),
+            measurements=measurements,
+            num_forward_passes=3 * len(measurements),
+            num_backward_passes=12,
+            duration_s=2.0,
+            direction_s=0.5,
+            memory_bytes=1 << 20,
+            provenance=_provenance(spec_sha256(spec)),
+        )
+
+    return make
+
+
+def _mix_measurement(repeat: int, ratio: float, task: str, value: float | str) -> MixMeasurement:
+    eta_c = value if isinstance(value, float) else None
+    # As `_measurement`: eta_c is the bracket's midpoint, as wide as rel_tol allows.
+    outcome = SearchOutcome.CONVERGED if eta_c else SearchOutcome(value)
+    upper = None if eta_c is None else 2 * eta_c / (2 - REL_TOL)
+    return MixMeasurement(
+        repeat=repeat,
+        ratio=ratio,
+        task=task,
+        shares=[ratio, 1 - ratio],
+        outcome=outcome,
+        eta_c=eta_c,
+        eta_lower=0.0 if upper is None else upper * (1 - REL_TOL),
+        eta_upper=upper,
+        eta_interpolated=eta_c,
+        lambda_c=None if eta_c is None else 2 / eta_c,
+        loss_at_zero=3.0,
+        slope=0.5 if outcome is SearchOutcome.NOT_A_DESCENT_DIRECTION else -0.5,
+        num_forward_passes=0 if outcome is SearchOutcome.NOT_A_DESCENT_DIRECTION else 3,
+        num_extra_sign_changes=0,
+        trials=[],
+        loss_resolution=1e-7,
+        update_batch_sha256=["a" * 64, "b" * 64],
+        loss_batch_sha256="c" * 64,
+        duration_s=0.1,
     )

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from typer.core import TyperGroup
 
 from probe.errors import BatchError, CheckpointError, ConfigError, ProbeError
-from probe.result import UnitResult
+from probe.unit_results import AnyUnitResult
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -224,6 +224,6 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def exit_code_for(results: Iterable[UnitResult]) -> int:
+def exit_code_for(results: Iterable[AnyUnitResult]) -> int:
     """0 where every measurement has its eta_c, else 3."""
     return MEASURED if all(r.has_every_answer for r in results) else WITHOUT_ANSWER

@@ -86,14 +86,20 @@ def absolute_paths(spec: dict[str, Any], base: Path) -> dict[str, Any]:
     model = dict(spec["model"])
     if model["tokenizer"] is not None and os.path.exists(_absolute(model["tokenizer"], base)):
         model["tokenizer"] = _absolute(model["tokenizer"], base)
-    sources = [
-        source | {"paths": [_absolute(path, base) for path in source["paths"]]}
-        if source["type"] == "files"
-        else source
-        for source in spec["batches"]["sources"]
-    ]
-    batches = spec["batches"] | {"sources": sources}
-    return spec | {"checkpoints": checkpoints, "model": model, "batches": batches}
+    data = {name: spec[name] for name in ("batches", "mixture", "eval_tasks") if name in spec}
+    with_files: dict[str, Any] = _absolute_files(data, base)
+    return spec | {"checkpoints": checkpoints, "model": model} | with_files
+
+
+def _absolute_files(part: Any, base: Path) -> Any:
+    """A part of a spec with the paths of its data files absolute, wherever they stand in it."""
+    if isinstance(part, list):
+        return [_absolute_files(inner, base) for inner in part]
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "files":
+        return part | {"paths": [_absolute(path, base) for path in part["paths"]]}
+    return {name: _absolute_files(inner, base) for name, inner in part.items()}
 
 
 def _absolute(path: str, base: Path) -> str:

@@ -5,7 +5,7 @@ elsewhere. `probe run` feeds it the child's events, `probe watch` those of the s
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.live import Live
+    from rich.text import Text
 
-from clients.cli.tables import bracket_text, duration, lambda_text
-from probe.result import Summary
+from clients.cli.tables import duration
 
 _ENOUGH = 0.2  # of a unit: the first passes come late, after the model is loaded
 _PHASES = {"load": "loading", "search": "searching"}
@@ -144,22 +144,14 @@ class ProgressDisplay:
         if not self._quiet:
             self._console.print(text, style=style, markup=False)
 
-    def unit_finished(
-        self, index: int, summaries: Sequence[Summary], threshold: float | None
-    ) -> None:
-        """A line that stays: the unit's lambda_c, or why there is none."""
+    def unit_finished(self, index: int, found: "Text") -> None:
+        """A line that stays: what the unit found, or why there is nothing."""
         if self._quiet:
             return
         from rich.text import Text
 
         count = f"{len(self.progress.finished)}/{self.progress.num_units}"
-        line = Text(f"{count}  {self.label(index)}  lambda_c ")
-        for position, summary in enumerate(summaries):
-            line.append(", " if position else "")
-            line.append_text(lambda_text(summary, threshold))
-            if summary.num_converged < summary.num_repeats:
-                line.append(": ").append_text(bracket_text(summary))
-            line.append(f" ({summary.loss_batch})", style="dim")
+        line = Text(f"{count}  {self.label(index)}  ").append_text(found)
         left = self.progress.time_left_s(self._clock())
         if left and not self._console.is_terminal:
             line.append(f"  {duration(left)} left")

@@ -22,7 +22,7 @@ from clients.cli.conventions import (
     say,
     stdout_console,
 )
-from probe.result import UnitResult
+from probe.unit_results import AnyUnitResult, parse_result
 from server.wire import ResultList
 
 OutOption = Annotated[
@@ -34,7 +34,7 @@ def results(
     job_id: JobArgument,
     format: Annotated[
         Literal["table", "json", "csv", "parquet"],
-        typer.Option("--format", help="csv and parquet hold one row per measurement."),
+        typer.Option("--format", help="csv and parquet hold one row per search."),
     ] = "table",
     out: OutOption = None,
     server: ServerOption = None,
@@ -42,7 +42,8 @@ def results(
 ) -> None:
     """Print what a job has measured so far.
 
-    Ends with 3 where some point has no eta_c.
+    Of a mix scan: a row per ratio, a column per task, then the sweet spot and the crossings. Ends
+    with 3 where some point has no eta_c.
     """
     if json_output:
         format = "json"
@@ -77,21 +78,21 @@ def _write_json(found: ResultList, out: Path | None) -> None:
 
 
 def _print_table(found: ResultList, out: Path | None) -> None:
-    from clients.cli.tables import results_table
+    from clients.cli.mix_tables import report
 
     if not found.data:
         say(f"job {found.job_id} is {found.status} and has no results yet")
         return
-    table = results_table(found.data)
     if out is None:
-        stdout_console().print(table)
+        console = stdout_console()
+        console.print(report(found.data, width=console.width))
         return
     from io import StringIO
 
     from rich.console import Console
 
     text = StringIO()
-    Console(file=text, width=160).print(table)
+    Console(file=text, width=160).print(report(found.data, width=160))
     write_file(out, text.getvalue().encode())
 
 
@@ -128,7 +129,7 @@ def check_writable(path: Path) -> None:
         raise InputError(f"cannot write {path}: no permission")
 
 
-def read_results(path: Path) -> list[UnitResult]:
+def read_results(path: Path) -> list[AnyUnitResult]:
     """The unit results in a file that `probe results --format json` or `probe run` wrote.
 
     Raises:
@@ -137,7 +138,7 @@ def read_results(path: Path) -> list[UnitResult]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         rows = raw["data"] if isinstance(raw, dict) else raw
-        found = [UnitResult.model_validate(row) for row in rows]
+        found = [parse_result(row) for row in rows]
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -160,7 +161,7 @@ def plot(
     server: ServerOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Draw lambda_c against the training step; with the threshold 2/eta where it is known.
+    """Draw lambda_c against the training step, with 2/eta; of a mix scan against the ratio.
 
     Without --out: chart.svg in the current directory. With --json: Vega-Lite to stdout.
     """
@@ -199,14 +200,14 @@ def _chart(source: str, format: Literal["vega", "svg", "png"], server: str | Non
         return client.chart(find_job_id(client, source), format)
 
 
-def draw(found: list[UnitResult], format: Literal["vega", "svg", "png"]) -> bytes:
+def draw(found: list[AnyUnitResult], format: Literal["vega", "svg", "png"]) -> bytes:
     """The chart of results as the bytes of a file; needs no server and no browser."""
-    from probe.chart import series_chart
     from probe.chart_style import to_png, to_svg, to_vega
+    from probe.reports import result_chart
 
     if not found:
         raise InputError("there are no results to draw yet")
-    chart = series_chart(found)
+    chart = result_chart(found)
     if format == "png":
         return to_png(chart)
     if format == "svg":

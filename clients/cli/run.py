@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,8 +28,14 @@ from clients.cli.progress import ProgressDisplay, SeriesProgress
 from clients.cli.results import chart_format, check_writable, draw, results_document, write_file
 from probe.errors import ParallelismError, ProbeError, error_class_for
 from probe.launch import TORCHRUN, thread_environment, torchrun_arguments
-from probe.result import Plan, UnitResult
+from probe.mix_summary import summarise_unit
+from probe.result import Plan
+from probe.result_mix import MixUnitResult
+from probe.unit_results import AnyUnitResult, parse_result
 from server.wire import ResultList
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 _LOG_LINES = 20  # of the child's own output, shown when it ends badly
 
@@ -65,7 +71,7 @@ def run(
     if plan:
         _print_plan(planned, json_output)
         return
-    results: list[UnitResult] = []
+    results: list[AnyUnitResult] = []
     failure: ProbeError | None = None
     try:
         _measure(planned, results, quiet=json_output)
@@ -73,12 +79,10 @@ def run(
         failure = error
     except KeyboardInterrupt:
         if results:
-            so_far = ResultList(job_id="local", status="cancelled", data=results)
+            so_far = ResultList.of("local", "cancelled", results)
             _give_out(so_far, out, chart, json_output)
         raise
-    found = ResultList(
-        job_id="local", status="failed" if failure is not None else "succeeded", data=results
-    )
+    found = ResultList.of("local", "succeeded" if failure is None else "failed", results)
     _give_out(found, out, chart, json_output)
     if failure is not None:
         raise failure
@@ -86,12 +90,13 @@ def run(
 
 
 def _give_out(found: ResultList, out: Path | None, chart: Path | None, json_output: bool) -> None:
-    from clients.cli.tables import results_table
+    from clients.cli.mix_tables import report
 
     if json_output:
         print_json(found)
     elif found.data:
-        stdout_console().print(results_table(found.data))
+        console = stdout_console()
+        console.print(report(found.data, width=console.width))
     if out is not None:
         write_file(out, results_document(found))
     if chart is not None and found.data:
@@ -110,7 +115,7 @@ def _print_plan(planned: Plan, json_output: bool) -> None:
     stdout_console().print(plan_table(planned))
 
 
-def _measure(planned: Plan, results: list[UnitResult], *, quiet: bool) -> None:
+def _measure(planned: Plan, results: list[AnyUnitResult], *, quiet: bool) -> None:
     """Run the job in a child process; finished units are appended to `results` as they come.
 
     Raises:
@@ -161,7 +166,7 @@ def _follow(
     events: Iterator[dict[str, Any]],
     indices: dict[str, int],
     display: ProgressDisplay,
-    results: list[UnitResult],
+    results: list[AnyUnitResult],
     failures: list[ProbeError],
 ) -> bool:
     """Bring everything up to date with every event; whether the child said `done`."""
@@ -175,11 +180,11 @@ def _follow(
         elif kind == "progress":
             progress.advance(index, event.get("data") or {}, now_s)
         elif kind == "result":
-            result = UnitResult.model_validate(event["result"])
+            result = parse_result(event["result"])
             results.append(result)
             progress.start_unit(index, now_s - result.duration_s)
             progress.finish_unit(index, result.num_forward_passes)
-            display.unit_finished(index, result.summaries, result.stability_threshold)
+            display.unit_finished(index, _found_text(result))
         elif kind == "error":
             where = f"{event['unit_id']}: " if event.get("unit_id") else ""
             where += f"rank {event['rank']}: " if event.get("rank") else ""
@@ -189,6 +194,16 @@ def _follow(
         elif kind == "done":
             return True
     return False
+
+
+def _found_text(result: AnyUnitResult) -> "Text":
+    """What a unit found, in one line."""
+    from clients.cli.mix_tables import unit_text
+    from clients.cli.tables import summaries_text
+
+    if isinstance(result, MixUnitResult):
+        return unit_text(summarise_unit(result))
+    return summaries_text(result.summaries, result.stability_threshold)
 
 
 def _raise_rank_failure(failures: list[ProbeError], log: str) -> None:

@@ -35,6 +35,11 @@ def number(value: float | None) -> str:
     return NONE if value is None else f"{value:.4g}"
 
 
+def spread(error: float | None) -> str:
+    """A standard error behind its mean, two significant digits; nothing for none."""
+    return "" if error is None else f" ±{float(f'{error:.2g}'):.12g}"
+
+
 def byte_size(count: int | None) -> str:
     """Bytes in the largest binary unit that keeps the number at least 1."""
     if count is None:
@@ -108,15 +113,27 @@ def results_table(results: Sequence[UnitResult], *, title: str | None = None) ->
     return table
 
 
+def summaries_text(summaries: Sequence[Summary], threshold: float | None) -> Text:
+    """A finished checkpoint in one line: its lambda_c on every loss batch, or why there is none."""
+    line = Text("lambda_c ")
+    for position, summary in enumerate(summaries):
+        line.append(", " if position else "")
+        line.append_text(lambda_text(summary, threshold))
+        if summary.num_converged < summary.num_repeats:
+            line.append(": ").append_text(bracket_text(summary))
+        line.append(f" ({summary.loss_batch})", style="dim")
+    return line
+
+
 def lambda_text(summary: Summary, threshold: float | None) -> Text:
     """Mean lambda_c with its standard error where there is one; red above the threshold."""
     mean = summary.lambda_c_mean
     if mean is None:
         return Text("none", style="yellow")
-    error = summary.lambda_c_standard_error
-    spread = "" if error is None else f" ±{error:.2g}"
     above = threshold is not None and mean > threshold
-    return Text(f"{number(mean)}{spread}", style="red" if above else "")
+    return Text(
+        f"{number(mean)}{spread(summary.lambda_c_standard_error)}", style="red" if above else ""
+    )
 
 
 def bracket_text(summary: Summary) -> Text:

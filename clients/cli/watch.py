@@ -21,9 +21,12 @@ from clients.cli.conventions import (
     stdout_console,
 )
 from probe.result import Summary
+from probe.result_mix import MixUnitSummary
 from server.wire import Event, JobView
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from clients.cli.progress import ProgressDisplay
     from clients.http import ProbeClient
 
@@ -52,8 +55,8 @@ def follow_and_exit(
         json_output: Nothing but JSON on stdout: the job at its end.
         json_events: With `json_output`: instead of the job, its events as they come.
     """
+    from clients.cli.mix_tables import report
     from clients.cli.progress import ProgressDisplay, SeriesProgress
-    from clients.cli.tables import results_table
 
     progress = SeriesProgress(job.num_units, job.expected_forward_passes)
     display = ProgressDisplay(progress, stderr_console(), name=job.name, quiet=json_output)
@@ -67,7 +70,8 @@ def follow_and_exit(
     if json_output and not json_events:
         print_json(job)
     elif not json_output and results:
-        stdout_console().print(results_table(results))
+        console = stdout_console()
+        console.print(report(results, width=console.width))
     raise typer.Exit(exit_code_for(results) if job.status == "succeeded" else FAILED)
 
 
@@ -83,9 +87,8 @@ def show_event(display: "ProgressDisplay", event: Event) -> None:
         progress.advance(index, values, min(at_s, time.time()))
     elif event.type == "unit.finished":
         display.name_unit(index, str(values.get("unit_id", index)))
-        summaries, threshold = summaries_in(values)
         progress.finish_unit(index, int(values.get("num_forward_passes", 0)))
-        display.unit_finished(index, summaries, threshold)
+        display.unit_finished(index, _found_text(values))
     elif event.type == "unit.retrying":
         display.remark(f"{display.label(index)}: tried again after {_reason(values)}", "yellow")
     elif event.type.startswith("job."):
@@ -96,8 +99,22 @@ def show_event(display: "ProgressDisplay", event: Event) -> None:
         display.remark(f"{progress.state}{again}{reason}", style)
 
 
-def summaries_in(values: dict[str, Any]) -> tuple[list[Summary], float | None]:
-    """The summaries that a `unit.finished` event carries, and 2/eta where it says so."""
+def _found_text(values: dict[str, Any]) -> "Text":
+    """What a `unit.finished` event tells, in one line, by the job's kind."""
+    from rich.text import Text
+
+    from clients.cli.mix_tables import unit_text
+    from clients.cli.tables import summaries_text
+
+    try:
+        if "scan" in values:
+            return unit_text(MixUnitSummary.model_validate(values["scan"]))
+    except ValidationError:  # another version's: the table at the end has it all
+        return Text("finished")
+    return summaries_text(_summaries_in(values), values.get("stability_threshold"))
+
+
+def _summaries_in(values: dict[str, Any]) -> list[Summary]:
     rows = values.get("summaries") or values.get("summary") or []
     known = set(Summary.model_fields)
     summaries = []
@@ -106,7 +123,7 @@ def summaries_in(values: dict[str, Any]) -> tuple[list[Summary], float | None]:
             summaries.append(Summary.model_validate({k: v for k, v in row.items() if k in known}))
         except (ValidationError, AttributeError):
             continue  # another version's row: the table at the end has it all
-    return summaries, values.get("stability_threshold")
+    return summaries
 
 
 def _reason(values: dict[str, Any]) -> str:

@@ -1,10 +1,11 @@
 """Routes that submit, list, show and cancel jobs, and plan one without queueing it."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
+from probe.kinds import JobKind
 from probe.plan import make_plan
 from probe.result import Plan
 from probe.series import list_checkpoints
@@ -47,7 +48,7 @@ def json_body(schema: str) -> dict[str, Any]:
         200: {"model": JobView, "description": "The job this key and body made earlier"},
         **_BODY_PROBLEMS,
     },
-    openapi_extra=json_body("CheckpointSeriesSpec"),
+    openapi_extra=json_body("JobSpec"),
     tags=["jobs"],
 )
 async def submit_job(
@@ -90,7 +91,7 @@ def _plan(settings: Settings, body: Any) -> Plan:
     "/jobs:plan",
     response_model=Plan,
     responses=_BODY_PROBLEMS,
-    openapi_extra=json_body("CheckpointSeriesSpec"),
+    openapi_extra=json_body("JobSpec"),
     tags=["jobs"],
 )
 async def plan_job(request: Request, settings: SettingsDep) -> Plan:
@@ -103,7 +104,7 @@ async def plan_job(request: Request, settings: SettingsDep) -> Plan:
 def list_jobs(
     store: StoreDep,
     status: Annotated[JobStatus | None, Query()] = None,
-    kind: Annotated[Literal["checkpoint_series"] | None, Query()] = None,
+    kind: Annotated[JobKind | None, Query()] = None,
     label: Annotated[list[_Label] | None, Query(description="key=value; all must match")] = None,
     after: Annotated[
         str | None,

@@ -1,16 +1,18 @@
 """The OpenAPI description, with the job spec's schema, and a page that shows it offline."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
-from probe.spec import Checkpoints, CheckpointSeriesSpec
+from probe.kinds import JobSpec
+from probe.spec import Checkpoints
 from server.wire import FieldProblem, Problem
 
 _REF = "#/components/schemas/{model}"
+_ANY_SPEC: Any = Annotated[JobSpec, Field(discriminator="kind")]
 
 
 def describe(app: FastAPI, *, needs_key: bool) -> dict[str, Any]:
@@ -23,13 +25,14 @@ def describe(app: FastAPI, *, needs_key: bool) -> dict[str, Any]:
     )
     components = document.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
-    _, spec = models_json_schema(
-        [(CheckpointSeriesSpec, "validation"), (Problem, "serialization")], ref_template=_REF
+    spec = TypeAdapter(_ANY_SPEC).json_schema(ref_template=_REF)
+    parts = spec.pop("$defs")
+    _, problem = models_json_schema(
+        [(Problem, "serialization"), (FieldProblem, "serialization")], ref_template=_REF
     )
-    _, problem = models_json_schema([(FieldProblem, "serialization")], ref_template=_REF)
     checkpoints = TypeAdapter(Checkpoints).json_schema(ref_template=_REF)
     checkpoints.pop("$defs", None)  # the same models as the spec's
-    schemas |= spec["$defs"] | problem["$defs"] | {"Checkpoints": checkpoints}
+    schemas |= parts | problem["$defs"] | {"JobSpec": spec, "Checkpoints": checkpoints}
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
     if needs_key:

@@ -15,6 +15,9 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from probe import mix_text
+from probe.mix_summary import summarise_scans
+from probe.reports import mix_results, series_results
 from probe.tables import summary_rows
 from server.api.context import JobDep, StoreDep
 from server.api.guard import COOKIE, session_cookie
@@ -30,6 +33,12 @@ _PAGE_SIZE = 25
 _EVENTS_SHOWN = 50
 _FRESH = {"Cache-Control": "no-cache"}
 _MAX_FORM_BYTES = 4096
+_ALT_TEXT = {  # of a chart, by kind of job
+    "checkpoint_series": "Critical sharpness of each checkpoint against the training step, with "
+    "2/eta",
+    "mix_scan": "Relative critical sharpness of each task against the share of the varied source, "
+    "with the sweet spot",
+}
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -56,6 +65,13 @@ def _environment() -> Environment:
         "number": number,
         "moment": moment,
         "pretty": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
+    }
+    environment.filters |= {
+        "grid": mix_text.grid,
+        "tasks": mix_text.tasks_of,
+        "outcome": mix_text.outcome_words,
+        "sweet_spot": mix_text.sweet_spot_sentence,
+        "crossings": mix_text.crossing_sentences,
     }
     environment.globals["TERMINAL"] = TERMINAL
     return environment
@@ -92,10 +108,13 @@ def job_page(job: JobDep, store: StoreDep) -> HTMLResponse:
     """One job: progress, chart, table, events."""
     # Progress is left out by the database: a long job has hundreds of thousands of such events.
     events, last_event_id = store.notable_events(job.id, _EVENTS_SHOWN)
+    results = store.unit_results(job.id)
     return _page(
         "job.html",
         job=job,
-        rows=summary_rows(store.unit_results(job.id)),
+        rows=summary_rows(series_results(results)),
+        scans=summarise_scans(mix_results(results)),
+        alt_text=_ALT_TEXT[job.kind],
         events=events,
         last_event_id=last_event_id,
     )

@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Header, Query
 from fastapi.responses import JSONResponse, Response
 
-from probe.chart import series_chart
 from probe.chart_style import Theme, to_png, to_svg, to_vega
-from probe.tables import series_rows, to_csv, to_parquet
+from probe.reports import long_form, result_chart
 from server.api.context import JobDep, StoreDep, known_query
 from server.api.media import choose_format
 from server.api.problems import ProblemError, responses
@@ -57,16 +56,16 @@ def job_results(
     ] = None,
     accept: Accept = None,
 ) -> Response:
-    """Results of the units finished so far: JSON, or one row per measurement as CSV or Parquet."""
+    """Results of the units finished so far: JSON, or one row per search as CSV or Parquet."""
     chosen = choose_format(format, accept, RESULT_TYPES)
     results = store.unit_results(job.id)
     headers = {"Vary": "Accept"}
     if chosen == "json":
-        listed = ResultList(job_id=job.id, status=job.status, data=results)
+        listed = ResultList.of(job.id, job.status, results)
         return Response(listed.model_dump_json(), 200, headers, media_type="application/json")
     headers["Content-Disposition"] = f'attachment; filename="{job.id}.{chosen}"'
-    rows = series_rows(results)
-    content = to_csv(rows) if chosen == "csv" else to_parquet(rows)
+    table = long_form(job.kind, results)
+    content = table.csv() if chosen == "csv" else table.parquet()
     return Response(content, 200, headers, media_type=RESULT_TYPES[chosen][0])
 
 
@@ -115,7 +114,10 @@ def job_chart(
     accept: Accept = None,
     if_none_match: Annotated[str | None, Header(include_in_schema=False)] = None,
 ) -> Response:
-    """Critical sharpness against the step, with 2/eta and the loss, as far as it is measured."""
+    """Critical sharpness against the step, with 2/eta and the loss, as far as it is measured.
+
+    Of a mix scan: against the ratio, one line per task, with the sweet spot.
+    """
     chosen = choose_format(format, accept, CHART_TYPES)
     if job.num_units_finished == 0:
         raise ProblemError(
@@ -134,7 +136,7 @@ def job_chart(
         return Response(None, 304, headers)
     content = _drawn.get(key)
     if content is None:
-        chart = series_chart(store.unit_results(job.id), theme)
+        chart = result_chart(store.unit_results(job.id), theme)
         if chosen == "vega":
             content = bytes(JSONResponse(to_vega(chart)).body)
         else:

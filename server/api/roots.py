@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from probe.kinds import JobSpec, data_sources
 from probe.result import CheckpointRef
-from probe.spec import Checkpoints, CheckpointSeriesSpec, FileData, HubCheckpoints, LocalCheckpoints
+from probe.spec import Checkpoints, FileData, HubCheckpoints, LocalCheckpoints
 from server.api.problems import ProblemError, invalid
 from server.wire import FieldProblem
 
@@ -43,7 +44,7 @@ def check_checkpoints(
         _check_pattern(checkpoints.optimizer_states, roots, f"{prefix}optimizer_states")
 
 
-def check_spec(spec: CheckpointSeriesSpec, roots: Sequence[Path]) -> None:
+def check_spec(spec: JobSpec, roots: Sequence[Path]) -> None:
     """Refuse every path of a job that leads out of the roots: checkpoints, tokenizer, files.
 
     Raises:
@@ -56,10 +57,10 @@ def check_spec(spec: CheckpointSeriesSpec, roots: Sequence[Path]) -> None:
     # A hub id may look like a relative path; it is one when something is there.
     if name is not None and (_HUB_ID.fullmatch(name) is None or Path(name).exists()):
         _check_pattern(name, roots, "model.tokenizer")
-    for index, source in enumerate(spec.batches.sources):
+    for place, source in data_sources(spec).items():
         if isinstance(source, FileData):
             for number, pattern in enumerate(source.paths):
-                field = f"batches.sources.{index}.paths.{number}"
+                field = f"{place}.paths.{number}"
                 _check_pattern(pattern, roots, field)
                 matches = glob.iglob(pattern, recursive=True)
                 for match in itertools.islice(matches, _MAX_MATCHES):

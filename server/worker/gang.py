@@ -19,7 +19,8 @@ from pydantic import ValidationError
 
 from probe.errors import ParallelismError, UnitCrashedError
 from probe.launch import TORCHRUN, thread_environment, torchrun_arguments
-from probe.result import Unit, UnitResult
+from probe.result import Unit
+from probe.unit_results import AnyUnitResult, parse_result
 from server.worker import tether
 from server.worker.processes import MARK, kill_marked
 from server.worker.rank_socket import Heard, RankSocket
@@ -128,7 +129,7 @@ class Gang:
         eta_init: dict[str, float] | None,
         on_progress: OnProgress,
         upcoming: Unit | None = None,
-    ) -> UnitResult:
+    ) -> AnyUnitResult:
         """Measure one unit; the checkpoint of the upcoming one is fetched meanwhile.
 
         Raises:
@@ -256,9 +257,9 @@ def _is_own_reason(heard: Heard) -> bool:
     return heard.message is None or heard.message.get("code") != ParallelismError.code
 
 
-def _result(message: dict[str, Any], unit: Unit) -> UnitResult:
+def _result(message: dict[str, Any], unit: Unit) -> AnyUnitResult:
     try:
-        result = UnitResult.model_validate(message["result"])
+        result = parse_result(message["result"])
     except ValidationError as error:
         raise UnitFailedError(
             "invalid_result", f"the result of {unit.unit_id} is malformed: {error}", retryable=False

@@ -19,9 +19,10 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from probe.errors import ProbeError
 from probe.model_size import model_size
 from probe.placement import fixed_num_ranks, place
-from probe.result import Plan, Unit, UnitResult, eta_init_hint
+from probe.result import Plan, Unit
 from probe.spec import ParallelOptions
 from probe.spec_load import parse_spec
+from probe.unit_results import AnyUnitResult, next_eta_init
 from server import queue
 from server.settings import Settings
 from server.store import SqlStore
@@ -117,14 +118,14 @@ class JobRunner:
         """First guesses from the nearest unit before this one that has an answer."""
         for earlier in reversed(range(index)):
             result = await self._database(self._store.unit_result, job_id, earlier)
-            hint = None if result is None else eta_init_hint(result)
+            hint = None if result is None else next_eta_init(result)
             if hint is not None:
                 return hint
         return None
 
     async def _attempt(
         self, job_id: str, unit: Unit, eta_init: dict[str, float] | None, attempt: int
-    ) -> UnitResult:
+    ) -> AnyUnitResult:
         about = {"unit_id": unit.unit_id, "index": unit.index}
         try:
             gang = self._gangs.get(job_id) or await self._start_gang(job_id)

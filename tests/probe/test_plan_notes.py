@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from probe.plan import _file_notes, make_plan
+from probe.plan import make_plan
+from probe.plan_parts import file_notes
 from probe.result import Plan
 from probe.spec_load import parse_spec
 
@@ -16,7 +17,7 @@ def test_a_data_file_that_is_not_here_is_named(series_spec: dict[str, Any], tmp_
     raw = copy.deepcopy(series_spec)
     missing = str(tmp_path / "gone.jsonl")
     raw["batches"]["sources"][0]["paths"] = [str(here), missing, str(tmp_path / "*.parquet")]
-    notes = _file_notes(parse_spec(raw))
+    notes = file_notes(parse_spec(raw).batches.sources)
     assert len(notes) == 1
     assert missing in notes[0]
 

@@ -276,8 +276,8 @@ def test_the_guess_outlives_a_unit_without_an_answer(monkeypatch):
         return {"result": raw["unit_id"]}
 
     monkeypatch.setattr(Measurer, "measure", measure)
-    monkeypatch.setattr("probe.rank.UnitResult.model_validate", lambda unit_id: unit_id)
-    monkeypatch.setattr("probe.rank.eta_init_hint", hints.get)
+    monkeypatch.setattr("probe.rank.parse_result", lambda unit_id: unit_id)
+    monkeypatch.setattr("probe.rank.next_eta_init", hints.get)
     assert _run_units(Measurer(lambda _message: None), units, None) == 0
     assert guesses == [None, {"update": 0.5}, {"update": 0.5}]
     assert following == [units[1], units[2], None]  # whose checkpoints are fetched ahead

@@ -1,0 +1,42 @@
+"""Results of units of any kind: read from JSON, and what they hand on (torch-free)."""
+
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Tag, TypeAdapter
+
+from probe.result import UnitResult, eta_init_hint
+from probe.result_mix import MixUnitResult, mix_eta_init_hint
+
+
+def _kind_of(value: Any) -> str | None:
+    """The kind a result says it is of; results of the first release say none."""
+    if isinstance(value, dict):
+        return str(value.get("kind", "checkpoint_series"))
+    return getattr(value, "kind", None)
+
+
+AnyUnitResult = Annotated[
+    Annotated[UnitResult, Tag("checkpoint_series")] | Annotated[MixUnitResult, Tag("mix_scan")],
+    Discriminator(_kind_of),
+]
+_ADAPTER: TypeAdapter[UnitResult | MixUnitResult] = TypeAdapter(AnyUnitResult)
+
+
+def parse_result(raw: Any) -> UnitResult | MixUnitResult:
+    """A unit's result from plain values, by its `kind`; without one, a checkpoint series'.
+
+    Raises:
+        ValidationError: It is of no kind known here, or malformed.
+    """
+    return _ADAPTER.validate_python(raw)
+
+
+def next_eta_init(result: UnitResult | MixUnitResult) -> dict[str, float] | None:
+    """First guesses for the unit after this one, per loss batch or per task; None: no answer.
+
+    Taken from the recorded result and from nothing else, so that a resumed job gives the same
+    numbers as one that was never interrupted.
+    """
+    if isinstance(result, MixUnitResult):
+        return mix_eta_init_hint(result)
+    return eta_init_hint(result)
