@@ -1,7 +1,11 @@
 """Training on mixtures is stock AdamW on the same batches, and leaves the model as it was."""
 
 import json
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +16,12 @@ from probe.checkpoints import open_checkpoint
 from probe.errors import BatchError, CheckpointError, ConfigError, NonFiniteLossError
 from probe.mix_train import MixTrainSession, learning_rates
 from probe.result import Unit
+from probe.result_train import MixTrainUnitResult
 from probe.series import list_checkpoints
 from probe.spec_train import MixTrainSpec, TrainGrid
+
+ROOT = Path(__file__).resolve().parents[3]
+RANKS = Path(__file__).with_name("mix_train_ranks.py")
 
 
 @pytest.fixture(scope="session")
@@ -327,3 +335,64 @@ def test_the_learning_rate_rises_and_stays():
     grid = TrainGrid(ratios=[0.5], learning_rates=[1.0], steps=5, warmup_steps=4)
     assert learning_rates(grid, 8.0) == [2.0, 4.0, 6.0, 8.0, 8.0]
     assert learning_rates(grid.model_copy(update={"warmup_steps": 0}), 8.0) == [8.0] * 5
+
+
+def on_two_ranks(spec, unit, directory):
+    file = directory / "spec.json"
+    file.write_text(spec.model_dump_json())
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(RANKS), str(file), unit.model_dump_json(), str(rank), "2"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for rank in ranks:
+            output, _ = rank.communicate(timeout=120)
+            assert rank.returncode == 0, output
+    finally:
+        for rank in ranks:
+            rank.kill()
+    files = [directory / f"result-{rank}.json" for rank in range(2)]
+    return [MixTrainUnitResult.model_validate_json(file.read_text()) for file in files]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("backend", "changes"),
+    [
+        (
+            "fsdp2",
+            {"optimizer": {"betas": [0.9, 0.95], "moments": "checkpoint", "clip_grad_norm": 0.3}},
+        ),
+        ("fsdp2", {"model": {"dtype": "bfloat16"}}),
+        ("deepspeed", {}),
+    ],
+    ids=["saved moments, clipped", "bf16, accumulated moments", "deepspeed"],
+)
+def test_two_ranks_train_as_one_process_does(train_spec, tmp_path, backend, changes):
+    spec = train_spec(**changes)
+    alone = MixTrainSession(spec).measure(unit_of(spec))
+    sharded = train_spec(**changes, parallel={"backend": backend, "ranks": 2})
+    first, second = on_two_ranks(sharded, unit_of(sharded), tmp_path)
+    assert first.tasks == second.tasks
+    assert first.provenance.backend == backend
+    assert first.outcome == alone.outcome == "finished"
+    # fp32: sums in another order, through Adam's quotient. bf16: the ranks' micro-batches are
+    # added in another order and what is gathered is rounded: some 1e-3 nats.
+    rel = 1e-5 if "model" not in changes else 1e-3
+    assert first.train_losses == pytest.approx(alone.train_losses, rel=rel)
+    for ours, theirs in zip(first.tasks, alone.tasks, strict=True):
+        assert ours.loss_end == pytest.approx(theirs.loss_end, rel=rel)
+        assert ours.accuracy_count == theirs.accuracy_count
+        # Two answers may sit on the fence.
+        assert ours.accuracy_end == pytest.approx(
+            theirs.accuracy_end, abs=2 / theirs.accuracy_count
+        )
