@@ -13,9 +13,10 @@ def torchrun_arguments(num_ranks: int, *arguments: str) -> list[str]:
         num_ranks: Processes.
         arguments: Of each `probe.rank`.
     """
-    # --standalone picks a free port, so that gangs do not meet.
-    agent = ["--standalone", f"--nproc-per-node={num_ranks}", "-m", "probe.rank"]
-    return [*agent, *arguments]
+    # --standalone picks a free port, so that gangs do not meet. Without --log-dir torchrun makes a
+    # directory of its own for every start, empty here, and never removes it.
+    agent = ["--standalone", f"--log-dir={os.devnull}", f"--nproc-per-node={num_ranks}"]
+    return [*agent, "-m", "probe.rank", *arguments]
 
 
 def thread_environment(num_ranks: int, environment: Mapping[str, str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ import typer
 
 from clients.cli.documents import read_documents
 from clients.cli.main import app
+from probe.launch import torchrun_arguments
 
 
 def all_commands() -> list[tuple[str, ...]]:
@@ -170,7 +171,7 @@ def test_run_starts_as_many_ranks_as_the_job_asks_for(
     monkeypatch.setattr(run, "start_child", noted)
     assert probe("run", str(job_file), "--set", "parallel.ranks=1").exit_code == 0
     assert probe("run", str(job_file), "--set", "parallel.ranks=3").exit_code == 0
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m"]
+    torchrun = ["torch.distributed.run", *torchrun_arguments(3)[:-1]]
     assert started == [["probe.rank", "--spec"], [*torchrun, "probe.rank", "--spec"]]
 
 
