@@ -12,13 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from probe.checkpoints.assemble import read_model_config, skeleton
 from probe.checkpoints.fetch import TOKENIZER, fetch
 from probe.checkpoints.header import ITEM_BYTES, StoredTensor
-from probe.checkpoints.layout import HOW_TO_CONVERT, Layout, read_config, read_layout
+from probe.checkpoints.layout import (
+    HOW_TO_CONVERT,
+    Layout,
+    read_config,
+    read_json_object,
+    read_layout,
+)
 from probe.checkpoints.quiet import quiet_transformers
 from probe.checkpoints.report import check_report, first_line
 from probe.checkpoints.source import TensorKind
@@ -264,13 +275,27 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Tokenizer:
             "Set model.tokenizer to a directory or hub id"
         )
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
+    loader: Any = PreTrainedTokenizerFast if _is_its_file(directory) else AutoTokenizer
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer: Tokenizer = loader.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False, **options
         )
     except Exception as error:  # as above
         raise CheckpointError(f"{name}: no usable tokenizer: {first_line(error)}") from error
     return tokenizer
+
+
+def _is_its_file(directory: Path) -> bool:
+    """Whether tokenizer.json says all there is to the tokenizer.
+
+    AutoTokenizer does not believe that of some architectures: beside the config of a Qwen2 it
+    splits text as Qwen2's own does, whatever the file says, and leaves tokens out in silence.
+    """
+    path = directory / "tokenizer_config.json"
+    if not path.is_file() or not (directory / "tokenizer.json").is_file():
+        return False
+    named = read_json_object(path).get("tokenizer_class")
+    return named in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def _refuse_what_cannot_be_measured(directory: Path) -> None:

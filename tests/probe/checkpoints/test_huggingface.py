@@ -5,11 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from probe.checkpoints import open_checkpoint, save_checkpoint
+from probe.checkpoints.huggingface import load_tokenizer
 from probe.errors import CheckpointError
 from probe.result import CheckpointRef
 
@@ -267,3 +271,13 @@ def test_config_is_required(saved):
 def test_no_tokenizer_says_what_to_do(saved):
     with pytest.raises(CheckpointError, match=r"Set model.tokenizer"):
         open_directory(saved).load_tokenizer(None)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+def test_a_tokenizer_of_ones_own_splits_as_its_file_says(tmp_path, model_type):
+    """Beside the config of a Qwen2, AutoTokenizer would split as Qwen2's own does."""
+    words = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert load_tokenizer(str(tmp_path))("b a c").input_ids == [1, 0, 2]
