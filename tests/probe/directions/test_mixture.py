@@ -59,7 +59,7 @@ def test_every_mixture_is_adamw_on_the_weighted_gradients(num_sources, num_steps
         )
 
 
-@pytest.mark.parametrize(("storage", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("storage", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-3)])
 def test_fp32_and_bf16_storage_stay_within_their_rounding(storage, tolerance):
     theta = torch.zeros(NUM)
     steps = gradients(2, 12, torch.float32)
@@ -68,6 +68,14 @@ def test_fp32_and_bf16_storage_stay_within_their_rounding(storage, tolerance):
         found = moments.direction(0, theta, shares, eps=EPS, weight_decay=DECAY).double()
         truth = stock_direction(theta.double(), steps, shares)
         assert float((found - truth).norm() / truth.norm()) < tolerance
+
+
+def test_bf16_storage_errs_by_a_few_percent_where_sources_are_opposed():
+    steps = [[a, b - 2 * a] for a, b in gradients(2, 12, torch.float32)]
+    moments = absorbed(2, steps, storage=torch.bfloat16)
+    found = moments.direction(0, torch.zeros(NUM), (0.5, 0.5), eps=EPS, weight_decay=0.0).double()
+    truth = stock_direction(torch.zeros(NUM, dtype=torch.float64), steps, (0.5, 0.5))
+    assert 0.005 < float((found - truth).norm() / truth.norm()) < 0.05
 
 
 def cancelling(num_steps: int = 40) -> list[list[torch.Tensor]]:

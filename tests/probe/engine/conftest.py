@@ -191,3 +191,46 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> Series:
         if step in (4, 12, 20):
             save_checkpoint(model, root / f"step-{step}", optimizer=optimizer, tokenizer=tokenizer)
     return Series(root, text, betas)
+
+
+@pytest.fixture(scope="session")
+def other_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Walks by another rule than the model was trained on."""
+    generator = random.Random(9)
+    file = tmp_path_factory.mktemp("other") / "other.jsonl"
+    with file.open("w") as stream:
+        for _ in range(200):
+            word, words = generator.randrange(2, VOCAB), []
+            for _ in range(40):
+                words.append(f"w{word}")
+                word = (word * 5 + 7) % (VOCAB - 2) + 2
+            stream.write(json.dumps({"text": " ".join(words)}) + "\n")
+    return file
+
+
+@pytest.fixture(scope="session")
+def raw_scan(series: Series, other_text: Path) -> Callable[..., dict[str, Any]]:
+    """Builds a mix scan of the last checkpoint: its own text against the other walks."""
+
+    def build(**changes: Any) -> dict[str, Any]:
+        walks = {"type": "files", "name": "walks", "paths": [str(series.text)]}
+        other = {"type": "files", "name": "other", "paths": [str(other_text)]}
+        raw: dict[str, Any] = {
+            "kind": "mix_scan",
+            "name": "tiny scan",
+            "checkpoints": {"source": "local", "path": str(series.directory / "step-20")},
+            "optimizer": {"betas": [0.9, 0.95], "warmup_steps": 3, "moments": "warmup"},
+            "mixture": {"sources": [walks, other], "ratios": [0.0, 0.3, 1.0]},
+            "eval_tasks": [
+                {"data": walks | {"name": "walks_task"}, "sequences": 6},
+                {"data": other | {"name": "other_task"}, "sequences": 4},
+            ],
+            "batches": {"sequence_length": 32, "batch_sequences": 4, "micro_batch_sequences": 2},
+            "measurement": {"repeats": 2},
+        }
+        for key, value in changes.items():
+            target, _, inner = key.partition("__")
+            raw[target] = raw.get(target, {}) | {inner: value} if inner else value
+        return raw
+
+    return build

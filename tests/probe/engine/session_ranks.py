@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from probe.engine import Session
 from probe.plan import expand_units
+from probe.sessions import open_session
 from probe.spec_load import parse_spec
 
 
@@ -26,7 +26,7 @@ def main(specs: Path, rank: int, world_size: int) -> None:
     results = []
     for raw in json.loads(specs.read_text()):
         spec = parse_spec(raw)
-        session = Session(spec)
+        session = open_session(spec)
         results.append(
             [session.measure(unit).model_dump(mode="json") for unit in expand_units(spec)[:2]]
         )

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCau
 from probe.checkpoints import save_checkpoint
 from probe.engine import Session
 from probe.errors import ParallelismError
+from probe.mix_engine import MixSession
 from probe.plan import expand_units
 from probe.spec_load import parse_spec
 
@@ -51,6 +52,13 @@ CASES = {  # name -> back-end, source, changes
     "fsdp2 trainer": ("fsdp2", "trainer", {}),
     "fsdp2 olmo-unsharded": ("fsdp2", "olmo-unsharded", {}),
     "fsdp2 gguf": ("fsdp2", "gguf", {}),
+}
+MIXES = {  # name -> back-end, changes of a mix scan
+    "fsdp2 shared": ("fsdp2", {}),
+    "fsdp2 bf16 buffers": ("fsdp2", {"mixture__buffers": "bfloat16"}),
+    "fsdp2 saved moments": ("fsdp2", {"optimizer": {"moments": "checkpoint"}}),
+    "fsdp2 exact": ("fsdp2", {"mixture__gradients": "exact", "mixture__ratios": [0.25, 0.75]}),
+    "deepspeed shared": ("deepspeed", {}),
 }
 
 
@@ -144,8 +152,17 @@ def measured_by_ranks(root: Path, specs: dict[str, Any], num_ranks: int) -> list
 
 
 @pytest.fixture(scope="module")
-def by_rank(specs, tmp_path_factory) -> list[dict[str, Any]]:
-    return measured_by_ranks(tmp_path_factory.mktemp("session"), specs, WORLD_SIZE)
+def mixes(raw_scan) -> dict[str, dict[str, Any]]:
+    """By case; tasks of six and four sequences, steps of four, by two."""
+    return {
+        name: raw_scan(**changes, parallel={"backend": backend})
+        for name, (backend, changes) in MIXES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def by_rank(specs, mixes, tmp_path_factory) -> list[dict[str, Any]]:
+    return measured_by_ranks(tmp_path_factory.mktemp("session"), specs | mixes, WORLD_SIZE)
 
 
 def timeless(unit: dict[str, Any]) -> list[dict[str, Any]]:
@@ -175,6 +192,29 @@ def test_two_ranks_measure_what_one_process_does(specs, by_rank, case):
         # Gradients differ by the order in which micro-batches are added in fp32.
         for key in ("eta_c", "eta_lower", "eta_upper", "slope"):
             assert found[key] == pytest.approx(expected[key], rel=1e-5), key
+
+
+@pytest.mark.parametrize("case", MIXES)
+def test_two_ranks_scan_mixtures_as_one_process_does(mixes, by_rank, case):
+    spec = parse_spec({**mixes[case], "parallel": {"backend": "single"}})
+    session = MixSession(spec)
+    for index, unit in enumerate(expand_units(spec)):
+        truth = session.measure(unit).model_dump(mode="json")
+        first, second = (rank[case][index] for rank in by_rank)
+        assert first["provenance"]["backend"] == MIXES[case][0]
+        assert first["provenance"]["num_ranks"] == WORLD_SIZE
+        for key in ("moments", "moments_detail"):
+            assert first["provenance"][key] == truth["provenance"][key], key
+        assert timeless(first) == timeless(second)
+        assert first["num_backward_passes"] == truth["num_backward_passes"]
+        for found, expected in zip(first["measurements"], truth["measurements"], strict=True):
+            same = ("repeat", "ratio", "task", "outcome", "loss_at_zero", "loss_batch_sha256")
+            for key in (*same, "update_batch_sha256"):
+                assert found[key] == expected[key], key
+            # Where gradients nearly cancel, AdamW turns the rounding of their sums into steps.
+            assert found["slope"] == pytest.approx(expected["slope"], rel=1e-3)
+            for key in ("eta_c", "eta_lower", "eta_upper") if expected["slope"] < 0 else ():
+                assert found[key] == pytest.approx(expected[key], rel=1e-3), key
 
 
 def test_one_rank_measures_exactly_what_one_process_does(specs, tmp_path):
