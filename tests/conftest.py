@@ -183,7 +183,7 @@ def mix_spec() -> dict[str, Any]:
 # (gsm8k) and none, so the sweet spot is 0.5. log eta_c differs by -3 log 2 at 0 and by log 2 at
 # 0.5, so straight lines cross three quarters of the way, at 0.375, where eta_c is 0.1 * 4^0.75.
 CURVES: dict[str, dict[float, list[float | str]]] = {
-    "web_task": {0.0: [0.1, 0.1], 0.5: [0.4, 0.4], 1.0: [1.6, 1.0]},
+    "web_task": {0.0: [0.1, 0.1], 0.5: [0.4, 0.4], 1.0: [2.0, 1.0]},
     "gsm8k_test": {
         0.0: [0.8, 0.8],
         0.5: [0.2, 0.2],

@@ -4,12 +4,14 @@ As in `clients.cli.tables`, what users have named is wrapped in `Text`.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from clients.cli.tables import number, plain_table, results_table, spread
+from clients.cli.train_tables import training_report
 from probe.mix_summary import summarise_scans
 from probe.mix_text import (
     crossing_sentences,
@@ -18,7 +20,7 @@ from probe.mix_text import (
     sweet_spot_sentence,
     tasks_of,
 )
-from probe.reports import mix_results, series_results
+from probe.reports import mix_results, series_results, train_results
 from probe.result_mix import MixPoint, MixScan, MixUnitSummary
 from probe.unit_results import AnyUnitResult
 
@@ -34,6 +36,9 @@ def report(results: Sequence[AnyUnitResult], *, width: int) -> RenderableType:
         width: Columns of the terminal: a scan of many tasks is cut into tables side by side in
             meaning, one below the other on the screen.
     """
+    runs = train_results(results)
+    if runs:
+        return training_report(runs)
     scans = summarise_scans(mix_results(results))
     if not scans:
         return results_table(series_results(results))
@@ -48,33 +53,47 @@ def report(results: Sequence[AnyUnitResult], *, width: int) -> RenderableType:
 
 
 def _scan_tables(scan: MixScan, width: int) -> Iterator[Table]:
-    rows = grid(scan)
-    first = max(len(scan.varied[:_MAX_NAME]), *(len(f"{ratio:.4g} *") for ratio, _ in rows))
-    taken: list[int] = []
+    """As many tables as it takes, each with as many tasks as there is room for."""
+    first = max(len(scan.varied[:_MAX_NAME]), *(len(f"{ratio:.4g} *") for ratio, _ in grid(scan)))
+    columns = [_column(scan, index, task) for index, task in enumerate(tasks_of(scan))]
+    taken: list[_Column] = []
     left = width - first
-    for column, task in enumerate(tasks_of(scan)):
-        cells = [len(point_text(points[column])) for _, points in rows if column < len(points)]
-        needed = _GAP + max(min(len(task), _MAX_NAME), *cells)
-        if taken and needed > left:
+    for column in columns:
+        if taken and _GAP + column.width > left:
             yield _scan_table(scan, taken)
             taken, left = [], width - first
         taken.append(column)
-        left -= needed
+        left -= _GAP + column.width
     yield _scan_table(scan, taken)
 
 
-def _scan_table(scan: MixScan, columns: Sequence[int]) -> Table:
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """One task: its name and a cell per ratio."""
+
+    name: str
+    cells: list[Text]
+    width: int
+
+
+def _column(scan: MixScan, index: int, task: str) -> _Column:
+    cells = [point_text(points[index]) for _, points in grid(scan)]
+    return _Column(task, cells, max(min(len(task), _MAX_NAME), *(len(cell) for cell in cells)))
+
+
+def _scan_table(scan: MixScan, columns: Sequence[_Column]) -> Table:
     """One row per ratio; the sweet spot's has a star."""
-    tasks = tasks_of(scan)
     table = plain_table()
     table.add_column(Text(scan.varied), justify="right", overflow="fold", max_width=_MAX_NAME)
     for column in columns:
-        table.add_column(Text(tasks[column]), justify="right", overflow="fold", max_width=_MAX_NAME)
-    for ratio, points in grid(scan):
+        table.add_column(
+            Text(column.name), justify="right", overflow="fold", max_width=column.width
+        )
+    for row, (ratio, _) in enumerate(grid(scan)):
         is_best = scan.sweet_spot is not None and scan.sweet_spot.ratio == ratio
         table.add_row(
             Text(f"{ratio:.4g}{' *' if is_best else ''}", style="bold" if is_best else ""),
-            *(point_text(points[column]) for column in columns if column < len(points)),
+            *(column.cells[row] for column in columns),
         )
     return table
 

@@ -16,6 +16,7 @@ from schemathesis import GenerationMode
 from schemathesis import checks as known
 
 import probe.plan
+import probe.plan_mix
 import server.api.jobs
 from probe.errors import CheckpointError
 from probe.series import list_checkpoints
@@ -46,6 +47,7 @@ def without_hub(monkeypatch):
 
     monkeypatch.setattr(server.api.jobs, "list_checkpoints", listed)
     monkeypatch.setattr(probe.plan, "list_checkpoints", listed)
+    monkeypatch.setattr(probe.plan_mix, "list_checkpoints", listed)
 
 
 # The description does not depend on the store, so the operations can be named before there is one.
