@@ -11,7 +11,9 @@ import typer
 import yaml
 
 from clients.cli.main import app
+from probe.mix_direction import shares_at
 from probe.spec_load import load_spec
+from probe.spec_mix import MixScanSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -132,3 +134,39 @@ def test_olmo2_jobs_are_planned_offline(name: str, tmp_path: Path) -> None:
     ]
     for unit in plan["units"]:
         assert unit["checkpoint"]["num_tokens"] == unit["checkpoint"]["step"] * tokens_per_step
+
+
+@pytest.mark.parametrize(
+    ("name", "num_sources", "num_tasks"),
+    [("olmo2-7b-dclm-math.yaml", 2, 4), ("olmo2-7b-dolmino.yaml", 6, 8)],
+)
+def test_olmo2_mix_scans_are_planned_offline(
+    name: str, num_sources: int, num_tasks: int, tmp_path: Path
+) -> None:
+    """One unit; a gradient per task, then one per source for 20 warm-up steps and 5 repeats."""
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": ""}
+    command = [str(Path(sys.executable).with_name("probe")), "run", f"configs/{name}", "--plan"]
+    done = subprocess.run(
+        [*command, "--json"], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    plan = yaml.safe_load(done.stdout)
+    assert [unit["checkpoint"]["step"] for unit in plan["units"]] == [928646]
+    assert plan["num_backward_passes"] == num_tasks + 25 * num_sources
+    assert plan["num_parameters"] == 7_298_617_344
+    assert plan["backend"] == "fsdp2"
+    assert plan["memory_bytes_per_rank"] < 141e9
+
+
+def test_the_dolmino_scan_keeps_the_papers_proportions() -> None:
+    """Mix % of arXiv:2601.16979, table 1; DCLM's 47.2 % of the mix is the share that is varied."""
+    spec = load_spec(ROOT / "configs" / "olmo2-7b-dolmino.yaml")
+    assert isinstance(spec, MixScanSpec)
+    percent = {"flan": 16.6, "stackexchange": 2.45, "pes2o": 5.85, "wiki": 7.11, "math": 20.8}
+    names = [source.name for source in spec.mixture.sources]
+    shares = dict(
+        zip(names, shares_at(0.472, [s.share for s in spec.mixture.sources], 0), strict=True)
+    )
+    assert spec.mixture.varied == "dclm"
+    assert shares.pop("dclm") == 0.472
+    assert shares == {n: pytest.approx(p / 100, rel=1e-3) for n, p in percent.items()}
