@@ -4,12 +4,14 @@ from typing import Literal
 
 from probe.spec import CheckpointSeriesSpec, DataSource
 from probe.spec_mix import MixScanSpec
+from probe.spec_train import MixTrainSpec
 
-JobSpec = CheckpointSeriesSpec | MixScanSpec
-JobKind = Literal["checkpoint_series", "mix_scan"]
-KINDS: dict[str, type[CheckpointSeriesSpec] | type[MixScanSpec]] = {
+JobSpec = CheckpointSeriesSpec | MixScanSpec | MixTrainSpec
+JobKind = Literal["checkpoint_series", "mix_scan", "mix_train"]
+KINDS: dict[str, type[JobSpec]] = {
     "checkpoint_series": CheckpointSeriesSpec,
     "mix_scan": MixScanSpec,
+    "mix_train": MixTrainSpec,
 }
 
 

@@ -10,6 +10,7 @@ from probe.model_size import ModelSize
 from probe.result import Backend
 from probe.spec import AdamW, CheckpointSeriesSpec, ParallelOptions
 from probe.spec_mix import MixScanSpec
+from probe.spec_train import MixTrainSpec
 
 _FP32_BYTES = 4
 # Share of a GPU that weights and buffers may take; the rest is activations, gathered layers and
@@ -114,9 +115,19 @@ def memory_bytes_per_rank(spec: JobSpec, size: ModelSize, num_ranks: int) -> int
     live = _FP32_BYTES if backend == "fsdp2" else forward
     is_offloaded = spec.parallel.offload_base and spec.model.device != "cpu"
     base = 0 if is_offloaded else _FP32_BYTES
-    kept = _mix_bytes(spec) if isinstance(spec, MixScanSpec) else _series_bytes(spec)
+    kept = _kept_bytes(spec, live)
     share = -(-size.num_parameters // num_ranks) * (live + base + kept)
     return share if backend == "single" else share + size.largest_group * forward
+
+
+def _kept_bytes(spec: JobSpec, live: int) -> int:
+    """Per parameter, what the kind of job keeps beside live weights of `live` bytes and base."""
+    if isinstance(spec, MixScanSpec):
+        return _mix_bytes(spec)
+    if isinstance(spec, MixTrainSpec):
+        # Gradient and two moments; and the fp32 weights AdamW writes, where live ones are not.
+        return 3 * _FP32_BYTES + (_FP32_BYTES if live < _FP32_BYTES else 0)
+    return _series_bytes(spec)
 
 
 def _series_bytes(spec: CheckpointSeriesSpec) -> int:

@@ -46,6 +46,7 @@ from probe.unit_results import next_eta_init, parse_result
 if TYPE_CHECKING:
     from probe.engine import Session
     from probe.mix_engine import MixSession
+    from probe.mix_train import MixTrainSession
 
 _log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
@@ -100,7 +101,7 @@ class Measurer:
     def __init__(self, send: Send, *, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> None:
         self._send = send
         self._collective_timeout_s = collective_timeout_s
-        self._session: Session | MixSession | None = None
+        self._session: Session | MixSession | MixTrainSession | None = None
         self._prefetcher: Prefetcher | None = None  # one on every machine
 
     def start_job(self, raw: Any) -> bool:

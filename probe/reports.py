@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from probe.result import UnitResult
 from probe.result_mix import MixUnitResult
+from probe.result_train import MixTrainUnitResult
 from probe.tables import COLUMNS, series_rows, to_csv, to_parquet
 from probe.tables_mix import MIX_COLUMNS, mix_rows
+from probe.tables_train import TRAIN_COLUMNS, train_rows
+from probe.unit_results import AnyUnitResult
 
 if TYPE_CHECKING:
     import altair as alt
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LongForm:
-    """One row per search, and the type of every column, also where there are no rows."""
+    """A row per search, or per run and task; the type of every column, also without rows."""
 
     rows: Sequence[Mapping[str, Any]]
     columns: Mapping[str, type]
@@ -31,8 +34,8 @@ class LongForm:
         return to_parquet(self.rows, self.columns)
 
 
-def long_form(kind: str, results: Sequence[UnitResult | MixUnitResult]) -> LongForm:
-    """Every search of a job's finished units.
+def long_form(kind: str, results: Sequence[AnyUnitResult]) -> LongForm:
+    """Every search of a job's finished units; of a training grid, every run and task.
 
     Args:
         kind: Of the job: it names the columns where there are no results yet.
@@ -40,12 +43,12 @@ def long_form(kind: str, results: Sequence[UnitResult | MixUnitResult]) -> LongF
     """
     if kind == "mix_scan":
         return LongForm(mix_rows(mix_results(results)), MIX_COLUMNS)
+    if kind == "mix_train":
+        return LongForm(train_rows(train_results(results)), TRAIN_COLUMNS)
     return LongForm(series_rows(series_results(results)), COLUMNS)
 
 
-def result_chart(
-    results: Sequence[UnitResult | MixUnitResult], theme: "Theme" = "light"
-) -> "alt.VConcatChart":
+def result_chart(results: Sequence[AnyUnitResult], theme: "Theme" = "light") -> "alt.VConcatChart":
     """The chart of a job's finished units, as its kind is drawn.
 
     Args:
@@ -58,16 +61,25 @@ def result_chart(
     # Imported here: altair takes a third of a second, which tables do not need.
     from probe.chart import series_chart
     from probe.chart_mix import mix_chart
+    from probe.chart_train import train_chart
 
+    runs = train_results(results)
+    if runs:
+        return train_chart(runs, theme)
     scans = mix_results(results)
     return mix_chart(scans, theme) if scans else series_chart(series_results(results), theme)
 
 
-def mix_results(results: Sequence[UnitResult | MixUnitResult]) -> list[MixUnitResult]:
+def mix_results(results: Sequence[AnyUnitResult]) -> list[MixUnitResult]:
     """Those of a mix scan."""
     return [result for result in results if isinstance(result, MixUnitResult)]
 
 
-def series_results(results: Sequence[UnitResult | MixUnitResult]) -> list[UnitResult]:
+def train_results(results: Sequence[AnyUnitResult]) -> list[MixTrainUnitResult]:
+    """Those of a training grid."""
+    return [result for result in results if isinstance(result, MixTrainUnitResult)]
+
+
+def series_results(results: Sequence[AnyUnitResult]) -> list[UnitResult]:
     """Those of a checkpoint series."""
     return [result for result in results if isinstance(result, UnitResult)]

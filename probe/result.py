@@ -63,10 +63,13 @@ class Unit(ResultModel):
     unit_id: str = Field(description="Stable inside its job, for example `0003-step-120`.")
     checkpoint: CheckpointRef
     ratio: float | None = Field(
-        None, description="mix_scan with exact gradients: the one ratio measured in this unit."
+        None,
+        description="mix_scan with exact gradients, mix_train: the one ratio of this unit.",
     )
     learning_rate: float | None = Field(
-        None, description="Learning rate the run used at this step, where it is known."
+        None,
+        description="Learning rate the run used at this step, where it is known; of mix_train, the "
+        "one this unit trains at.",
     )
     learning_rate_source: str | None = Field(
         None, description="Where it is from: `spec`, or the published file it was read off."

@@ -65,6 +65,21 @@ class MixTrainUnitResult(ResultModel):
     memory_bytes: int = Field(description="Peak: device memory on a GPU, resident set on a CPU.")
     provenance: Provenance
 
+    @property
+    def has_every_answer(self) -> bool:
+        """Whether the run came to its end."""
+        return self.outcome == "finished"
+
+
+class TrainUnitSummary(ResultModel):
+    """One run in a few numbers, for a line or a table row."""
+
+    ratio: float
+    learning_rate: float
+    outcome: TrainOutcome
+    num_steps: int
+    tasks: list[TaskChange]
+
 
 class TrainCell(ResultModel):
     """One run and one task of the table."""

@@ -3,13 +3,17 @@
 from probe.engine import Session
 from probe.kinds import JobSpec
 from probe.mix_engine import MixSession
+from probe.mix_train import MixTrainSession
 from probe.spec_mix import MixScanSpec
+from probe.spec_train import MixTrainSpec
 
 
-def open_session(spec: JobSpec) -> Session | MixSession:
+def open_session(spec: JobSpec) -> Session | MixSession | MixTrainSession:
     """The session that measures the units of a job.
 
     Raises:
         ConfigError: As `probe.workbench.Workbench`.
     """
+    if isinstance(spec, MixTrainSpec):
+        return MixTrainSession(spec)
     return MixSession(spec) if isinstance(spec, MixScanSpec) else Session(spec)

@@ -2,7 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 
-from probe.result_train import MixTrainUnitResult, TrainCell, TrainLimit, TrainTable
+from probe.result_train import (
+    MixTrainUnitResult,
+    TrainCell,
+    TrainLimit,
+    TrainTable,
+    TrainUnitSummary,
+)
 
 
 def summarise_training(results: Iterable[MixTrainUnitResult]) -> list[TrainTable]:
@@ -16,6 +22,17 @@ def summarise_training(results: Iterable[MixTrainUnitResult]) -> list[TrainTable
         key = result.unit.checkpoint.model_dump_json()
         by_checkpoint.setdefault(key, []).append(result)
     return [_table(units) for units in by_checkpoint.values()]
+
+
+def summarise_run(result: MixTrainUnitResult) -> TrainUnitSummary:
+    """One run in a few numbers."""
+    return TrainUnitSummary(
+        ratio=result.ratio,
+        learning_rate=result.learning_rate,
+        outcome=result.outcome,
+        num_steps=result.num_steps,
+        tasks=result.tasks,
+    )
 
 
 def _table(units: Sequence[MixTrainUnitResult]) -> TrainTable:

@@ -6,6 +6,7 @@ from pydantic import Discriminator, Tag, TypeAdapter
 
 from probe.result import UnitResult, eta_init_hint
 from probe.result_mix import MixUnitResult, mix_eta_init_hint
+from probe.result_train import MixTrainUnitResult
 
 
 def _kind_of(value: Any) -> str | None:
@@ -16,13 +17,15 @@ def _kind_of(value: Any) -> str | None:
 
 
 AnyUnitResult = Annotated[
-    Annotated[UnitResult, Tag("checkpoint_series")] | Annotated[MixUnitResult, Tag("mix_scan")],
+    Annotated[UnitResult, Tag("checkpoint_series")]
+    | Annotated[MixUnitResult, Tag("mix_scan")]
+    | Annotated[MixTrainUnitResult, Tag("mix_train")],
     Discriminator(_kind_of),
 ]
-_ADAPTER: TypeAdapter[UnitResult | MixUnitResult] = TypeAdapter(AnyUnitResult)
+_ADAPTER: TypeAdapter[UnitResult | MixUnitResult | MixTrainUnitResult] = TypeAdapter(AnyUnitResult)
 
 
-def parse_result(raw: Any) -> UnitResult | MixUnitResult:
+def parse_result(raw: Any) -> UnitResult | MixUnitResult | MixTrainUnitResult:
     """A unit's result from plain values, by its `kind`; without one, a checkpoint series'.
 
     Raises:
@@ -31,12 +34,16 @@ def parse_result(raw: Any) -> UnitResult | MixUnitResult:
     return _ADAPTER.validate_python(raw)
 
 
-def next_eta_init(result: UnitResult | MixUnitResult) -> dict[str, float] | None:
+def next_eta_init(result: AnyUnitResult) -> dict[str, float] | None:
     """First guesses for the unit after this one, per loss batch or per task; None: no answer.
+
+    Empty after a run of a training grid: nothing is searched, so no earlier unit need be asked.
 
     Taken from the recorded result and from nothing else, so that a resumed job gives the same
     numbers as one that was never interrupted.
     """
     if isinstance(result, MixUnitResult):
         return mix_eta_init_hint(result)
+    if isinstance(result, MixTrainUnitResult):
+        return {}
     return eta_init_hint(result)

@@ -6,8 +6,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from probe.mix_summary import summarise_unit
-from probe.result import UnitResult
 from probe.result_mix import MixUnitResult
+from probe.result_train import MixTrainUnitResult
+from probe.train_summary import summarise_run
+from probe.unit_results import AnyUnitResult
 from server import queue
 from server.tables import jobs, unit_results
 from server.wire import JobError, JobView
@@ -38,7 +40,7 @@ def time_of(ms: int) -> dt.datetime:
     return dt.datetime.fromtimestamp(ms / 1000, dt.UTC)
 
 
-def finished_data(result: UnitResult | MixUnitResult) -> dict[str, Any]:
+def finished_data(result: AnyUnitResult) -> dict[str, Any]:
     """What `unit.finished` tells: enough for a table row, not every trial."""
     common = {
         "kind": result.kind,
@@ -50,6 +52,8 @@ def finished_data(result: UnitResult | MixUnitResult) -> dict[str, Any]:
     }
     if isinstance(result, MixUnitResult):
         return common | {"scan": summarise_unit(result).model_dump(mode="json")}
+    if isinstance(result, MixTrainUnitResult):
+        return common | {"run": summarise_run(result).model_dump(mode="json")}
     return common | {
         "stability_threshold": result.stability_threshold,
         "summaries": [summary.model_dump(mode="json") for summary in result.summaries],

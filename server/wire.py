@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from probe.mix_summary import summarise_scans
 from probe.result import CheckpointRef
 from probe.result_mix import MixScan, MixUnitResult
+from probe.result_train import MixTrainUnitResult, TrainTable
+from probe.train_summary import summarise_training
 from probe.unit_results import AnyUnitResult
 
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -101,12 +103,18 @@ class ResultList(_Wire):
         description="What a mix scan's units come to, per checkpoint: every point, the sweet spot "
         "and the crossings. Empty for other kinds.",
     )
+    trainings: list[TrainTable] = Field(
+        default_factory=list,
+        description="What a training grid's runs come to, per checkpoint: every task's change, and "
+        "up to which learning rate it was unharmed. Empty for other kinds.",
+    )
 
     @classmethod
     def of(cls, job_id: str, status: JobStatus, results: Sequence[AnyUnitResult]) -> Self:
         """The list of these results, with what they come to."""
         scans = summarise_scans(r for r in results if isinstance(r, MixUnitResult))
-        return cls(job_id=job_id, status=status, data=list(results), scans=scans)
+        runs = summarise_training(r for r in results if isinstance(r, MixTrainUnitResult))
+        return cls(job_id=job_id, status=status, data=list(results), scans=scans, trainings=runs)
 
 
 class Event(_Wire):
@@ -117,8 +125,9 @@ class Event(_Wire):
     at: dt.datetime
     data: dict[str, Any] = Field(
         description="unit.*: unit_id, index. unit.progress also: phase (load, moments, gradient, "
-        "search), done, total, num_forward_passes. unit.finished: summary rows, or `scan` for a "
-        "mix scan. unit.retrying, job.failed: code, message."
+        "search, train, score), done, total, num_forward_passes. unit.finished: summary rows, or "
+        "`scan` for a mix scan, `run` for a training grid. unit.retrying, job.failed: code, "
+        "message."
     )
 
 

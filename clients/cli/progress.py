@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 from clients.cli.tables import duration
 
 _ENOUGH = 0.2  # of a unit: the first passes come late, after the model is loaded
-_PHASES = {"load": "loading", "search": "searching"}
+_PHASES = {"load": "loading", "search": "searching", "train": "training", "score": "scoring"}
 _NEARLY = 0.95  # a unit that is not finished counts for less than one, however long it takes
 
 

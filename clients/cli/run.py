@@ -31,6 +31,8 @@ from probe.launch import TORCHRUN, thread_environment, torchrun_arguments
 from probe.mix_summary import summarise_unit
 from probe.result import Plan
 from probe.result_mix import MixUnitResult
+from probe.result_train import MixTrainUnitResult
+from probe.train_summary import summarise_run
 from probe.unit_results import AnyUnitResult, parse_result
 from server.wire import ResultList
 
@@ -200,9 +202,12 @@ def _found_text(result: AnyUnitResult) -> "Text":
     """What a unit found, in one line."""
     from clients.cli.mix_tables import unit_text
     from clients.cli.tables import summaries_text
+    from clients.cli.train_tables import run_text
 
     if isinstance(result, MixUnitResult):
         return unit_text(summarise_unit(result))
+    if isinstance(result, MixTrainUnitResult):
+        return run_text(summarise_run(result))
     return summaries_text(result.summaries, result.stability_threshold)
 
 

@@ -22,6 +22,7 @@ from clients.cli.conventions import (
 )
 from probe.result import Summary
 from probe.result_mix import MixUnitSummary
+from probe.result_train import TrainUnitSummary
 from server.wire import Event, JobView
 
 if TYPE_CHECKING:
@@ -105,10 +106,13 @@ def _found_text(values: dict[str, Any]) -> "Text":
 
     from clients.cli.mix_tables import unit_text
     from clients.cli.tables import summaries_text
+    from clients.cli.train_tables import run_text
 
     try:
         if "scan" in values:
             return unit_text(MixUnitSummary.model_validate(values["scan"]))
+        if "run" in values:
+            return run_text(TrainUnitSummary.model_validate(values["run"]))
     except ValidationError:  # another version's: the table at the end has it all
         return Text("finished")
     return summaries_text(_summaries_in(values), values.get("stability_threshold"))

@@ -116,7 +116,8 @@ def job_chart(
 ) -> Response:
     """Critical sharpness against the step, with 2/eta and the loss, as far as it is measured.
 
-    Of a mix scan: against the ratio, one line per task, with the sweet spot.
+    Of a mix scan: against the ratio, one line per task, with the sweet spot. Of a training grid:
+    heat maps of ratio against learning rate, two per task.
     """
     chosen = choose_format(format, accept, CHART_TYPES)
     if job.num_units_finished == 0:

@@ -11,6 +11,7 @@ from probe.chart_style import to_png, to_svg, to_vega
 from probe.chart_train import cell_rows, edges, train_chart
 from probe.errors import ConfigError
 from probe.line_search import SearchOutcome
+from probe.reports import long_form, result_chart
 from probe.result import CheckpointRef, Provenance, Unit
 from probe.result_mix import MixMeasurement, MixUnitResult
 from probe.result_train import MixTrainUnitResult, TaskChange
@@ -18,6 +19,8 @@ from probe.spec_train import MixTrainSpec
 from probe.tables import to_csv
 from probe.tables_train import TRAIN_COLUMNS, train_rows, train_summary_rows
 from probe.train_summary import summarise_training
+from probe.train_text import change_text, harmless_sentences
+from probe.unit_results import next_eta_init, parse_result
 
 SOURCES = [
     {"type": "files", "name": "web", "paths": ["web.jsonl"]},
@@ -320,3 +323,36 @@ def test_training_begins_after_the_batches_of_the_moments(train, optimizer, expe
 
 def test_the_spec_in_a_result_is_json(results):
     json.dumps(results[0].spec)
+
+
+def test_the_kind_is_read_back_and_hands_on_nothing(results):
+    for result in results:
+        found = parse_result(result.model_dump(mode="json"))
+        assert type(found) is MixTrainUnitResult
+        assert found == result
+        assert next_eta_init(found) == {}
+        assert found.has_every_answer == (found.outcome == "finished")
+
+
+def test_tables_and_chart_are_chosen_by_kind(results):
+    assert len(long_form("mix_train", results).rows) == 12
+    assert long_form("mix_train", []).columns is TRAIN_COLUMNS
+    assert long_form("mix_train", []).csv().startswith("unit_id,")
+    assert long_form("mix_train", results).parquet().startswith(b"PAR1")
+    assert "diverged" in texts(to_svg(result_chart(results)))
+
+
+def test_sentences_name_who_objects_first(results):
+    (table,) = summarise_training(results)
+    assert harmless_sentences(table) == [
+        "0 web: at 0.0001, the smallest learning rate, the loss of web_task rose",
+        "0.5 web: no task's loss rose up to 0.0001; at 0.001 that of math_task did",
+    ]
+    calm = summarise_training([run(0, 0.5, 1e-3, -0.1, 0.0)])[0]
+    assert harmless_sentences(calm) == ["0.5 web: no task's loss rose at any learning rate"]
+
+
+def test_changes_as_text():
+    assert change_text(change("t", -0.1234, 0.031, error=0.0123), "loss") == "-0.123 ±0.012"
+    assert change_text(change("t", -0.1234, 0.031, error=0.0123), "accuracy") == "+3.1 ±1.2"
+    assert change_text(change("t", None, None), "loss") == "diverged"
