@@ -10,9 +10,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from probe.checkpoints.betas import SaysBetas
 from probe.checkpoints.published import SaysWhereFrom
 from probe.checkpoints.source import Source
-from probe.errors import CheckpointError
+from probe.errors import CheckpointError, ConfigError
 from probe.parallel import Shard
 from probe.parallel.collectives import gather_floats
 from probe.parallel.resident import num_ranks
@@ -159,12 +160,14 @@ def choose_moments(
 
     Raises:
         CheckpointError: `checkpoint` is asked for and the checkpoint has no optimizer state.
+        ConfigError: Its moments were made with other betas than the job's.
     """
     wanted = optimizer.moments
     if wanted == "warmup":
         return WarmupMoments(shards, optimizer.betas, why="asked for")
     here = checkpoint.has_moments
     if _on_every_rank(here, shards[0].base.device):
+        _refuse_other_betas(optimizer, checkpoint, label)
         return CheckpointMoments(checkpoint, shards, label=label)
     if wanted == "checkpoint":
         raise _none_there(checkpoint, shards[0].name, label)
@@ -172,6 +175,16 @@ def choose_moments(
     why = "another rank has no optimizer state" if here else "the checkpoint has no optimizer state"
     why += "" if failure is None else f"; {failure}"
     return WarmupMoments(shards, optimizer.betas, why=why)
+
+
+def _refuse_other_betas(optimizer: AdamW, checkpoint: Source, label: str) -> None:
+    stored = checkpoint.stored_betas if isinstance(checkpoint, SaysBetas) else None
+    if stored is not None and stored != tuple(optimizer.betas):
+        raise ConfigError(
+            f"the moments of checkpoint {label} were made with betas {list(stored)}, "
+            f"optimizer.betas is {list(optimizer.betas)}: together they are no step of the run. "
+            f"Set optimizer.betas: {list(stored)}, or optimizer.moments: warmup."
+        )
 
 
 def _failure(checkpoint: Source) -> CheckpointError | None:

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from probe.checkpoints.betas import Betas, SaysBetas
 from probe.checkpoints.source import Source, TensorKind
 from probe.errors import CheckpointError
 
@@ -85,6 +86,11 @@ class WithMoments:
     def hyper(self, name: str) -> dict[str, float]:
         """See `Source.hyper`."""
         return self._moments.hyper(name)
+
+    @property
+    def stored_betas(self) -> Betas | None:
+        """See `SaysBetas`."""
+        return self._moments.stored_betas if isinstance(self._moments, SaysBetas) else None
 
     def load_tokenizer(self, override: str | None = None) -> PreTrainedTokenizerBase:
         """See `Source.load_tokenizer`."""

@@ -24,8 +24,15 @@ from probe.checkpoints.assemble import (
     read_model_config,
     skeleton,
 )
+from probe.checkpoints.betas import Betas, one_of
 from probe.checkpoints.dcp_index import Chunk, DcpIndex, DcpTensor, Place, dcp_parts, read_dcp_index
-from probe.checkpoints.dcp_keys import find_prefix, moment_keys, superfluous, weight_keys
+from probe.checkpoints.dcp_keys import (
+    betas_keys,
+    find_prefix,
+    moment_keys,
+    superfluous,
+    weight_keys,
+)
 from probe.checkpoints.huggingface import TOKENIZER_FILES, load_tokenizer
 from probe.checkpoints.report import first_line
 from probe.checkpoints.source import TensorKind
@@ -123,6 +130,11 @@ class DcpSource:
                 f"{self.directory}: key {key!r} is {value}, expected a whole number >= 0"
             )
         return {"step": int(value)}
+
+    @property
+    def stored_betas(self) -> Betas | None:
+        """See `SaysBetas`. Cost: one small object per parameter group, or parameter."""
+        return one_of(load_stream(place, key) for key, place in betas_keys(self._index).items())
 
     def load_tokenizer(self, override: str | None = None) -> Tokenizer:
         """See `Source.load_tokenizer`."""

@@ -9,7 +9,7 @@ found by matching the model's own names, never by cutting. Torch-free.
 import re
 from collections.abc import Iterable, Mapping
 
-from probe.checkpoints.dcp_index import DcpIndex
+from probe.checkpoints.dcp_index import DcpIndex, Place
 from probe.checkpoints.layout import MOMENT_KINDS
 from probe.errors import CheckpointError
 
@@ -42,6 +42,15 @@ def moment_keys(index: DcpIndex) -> dict[str, dict[str, str]]:
     for name, kinds in moments.items():
         _check_complete(index, name, kinds)
     return moments
+
+
+def betas_keys(index: DcpIndex) -> dict[str, Place]:
+    """Key -> place of every parameter group's decay rates, nested or flattened."""
+    return {
+        key: place
+        for key, place in index.objects.items()
+        if _GROUPS.search(key) and key.endswith(".betas")
+    }
 
 
 def weight_keys(index: DcpIndex) -> dict[str, str]:

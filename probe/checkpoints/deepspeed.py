@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from probe.checkpoints.assemble import persistent_buffer_shapes
 from probe.checkpoints.bare import BareSource, config_around
+from probe.checkpoints.betas import Betas
 from probe.checkpoints.dcp_keys import find_prefix, without_wrappers
 from probe.checkpoints.deepspeed_files import DeepSpeedFiles, find_deepspeed_files
 from probe.checkpoints.deepspeed_state import read_zero_state
@@ -74,6 +75,11 @@ class DeepSpeedSource(BareSource):
                 f"{self.directory}: no optimizer step of {name!r}; use moments: warmup"
             )
         return {"step": step}
+
+    @property
+    def stored_betas(self) -> Betas | None:
+        """See `SaysBetas`."""
+        return self._state.betas
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """See `Source.weight_shapes`."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from probe.checkpoints.betas import Betas, betas_of
 from probe.checkpoints.deepspeed_files import DeepSpeedFiles
 from probe.checkpoints.layout import HOW_TO_CONVERT
 from probe.checkpoints.report import first_line
@@ -77,6 +78,7 @@ class ZeroState:
     buffers: Mapping[str, torch.Tensor]  # name as saved -> what every rank holds whole
     shared: Mapping[str, str]  # name that is not stored -> the one it shares its values with
     has_moments: bool
+    betas: Betas | None  # of the first rank's groups, where they say and agree
 
     def read(self, name: str, kind: str, lo: int = 0, hi: int | None = None) -> torch.Tensor:
         """Elements lo..hi of one parameter, flattened: (hi - lo,) as stored, fresh.
@@ -167,6 +169,7 @@ def _fitted(
         buffers=_buffers(files.model_states[0], models[0]),
         shared={str(name): str(other) for name, other in shared.items()},
         has_moments=_has_moments(partitions, files.tag),
+        betas=betas_of(_base(opened[0]).get("param_groups")),
     )
 
 
@@ -258,7 +261,7 @@ def _check_world(path: Path, optimizer: dict[str, Any], world: int) -> None:
 def _partitions(path: Path, optimizer: dict[str, Any]) -> list[Partition]:
     """One rank's share of every group."""
     flats = optimizer.get("fp32_flat_groups", optimizer.get("single_partition_of_fp32_groups"))
-    base = optimizer.get("optimizer_state_dict", optimizer.get("base_optimizer_state"))
+    base = _base(optimizer)
     if not isinstance(flats, list | tuple) or not isinstance(base, dict):
         raise CheckpointError(
             f"{path}: found fp32 partitions as {type(flats).__name__} and the optimizer's state as "
@@ -277,6 +280,11 @@ def _partitions(path: Path, optimizer: dict[str, Any]) -> list[Partition]:
     if not partitions:
         raise CheckpointError(f"{path}: no fp32 partitions")
     return partitions
+
+
+def _base(optimizer: dict[str, Any]) -> Any:
+    """State of the torch optimizer inside, as ZeRO-3 and as ZeRO-1 and 2 name it."""
+    return optimizer.get("optimizer_state_dict", optimizer.get("base_optimizer_state"))
 
 
 def _whole(path: Path, group: int, step: Any) -> int | None:

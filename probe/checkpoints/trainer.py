@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, Trainer
 
 from probe.checkpoints.assemble import read_model_config, skeleton
+from probe.checkpoints.betas import Betas, betas_of
 from probe.checkpoints.huggingface import HuggingFaceSource
 from probe.checkpoints.layout import HOW_TO_CONVERT, check_archive, read_json_object
 from probe.checkpoints.report import first_line
@@ -81,6 +82,11 @@ class TrainerSource(HuggingFaceSource):
             )
         return {"step": int(step)}
 
+    @property
+    def stored_betas(self) -> Betas | None:
+        """See `SaysBetas`."""
+        return betas_of(self._content["param_groups"])
+
     def _state(self, name: str) -> dict[str, torch.Tensor]:
         if name not in self._moments:
             raise CheckpointError(
@@ -89,9 +95,13 @@ class TrainerSource(HuggingFaceSource):
         return self._moments[name]
 
     @cached_property
+    def _content(self) -> dict[str, Any]:
+        return load_optimizer(self._path)
+
+    @cached_property
     def _moments(self) -> dict[str, dict[str, torch.Tensor]]:
         """Parameter fqn -> its state, every shape checked."""
-        content = load_optimizer(self._path)
+        content = self._content
         config = self.directory / "config.json"
         model = skeleton(read_model_config(config), "eager", self.directory)
         names = _names_by_index(model, content["param_groups"], self._path)

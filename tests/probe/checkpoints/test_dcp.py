@@ -92,7 +92,9 @@ def test_every_nesting_gives_weights_and_moments_bit_for_bit(
     trained.model.config.save_pretrained(tmp_path / "step-2")
     ref = listed(tmp_path / "step-2")
     assert (ref.step, ref.format, ref.has_moments) == (2, "dcp", True)
-    assert_holds(open_checkpoint(ref), *trained)
+    source = open_checkpoint(ref)
+    assert_holds(source, *trained)
+    assert source.stored_betas == trained.optimizer.defaults["betas"]
 
 
 @pytest.mark.distributed

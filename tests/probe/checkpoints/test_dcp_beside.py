@@ -29,7 +29,8 @@ def save(directory: Path, content: dict) -> None:
 @pytest.fixture
 def directory(trained, tmp_path) -> Path:
     trained.model.save_pretrained(tmp_path / "checkpoint-2")
-    save(tmp_path / "checkpoint-2" / "optimizer_0", {"optimizer": {"state": state_of(trained)}})
+    content = {"state": state_of(trained), "param_groups": [{"betas": (0.9, 0.98)}]}
+    save(tmp_path / "checkpoint-2" / "optimizer_0", {"optimizer": content})
     return tmp_path / "checkpoint-2"
 
 
@@ -43,6 +44,7 @@ def test_weights_of_one_and_moments_of_the_other(trained, directory):
     assert (ref.step, ref.format, ref.has_moments) == (2, "safetensors+dcp", True)
     source = open_checkpoint(ref)
     assert (source.ref, source.has_moments) == (ref, True)
+    assert source.stored_betas == (0.9, 0.98)
     loaded = dict(source.load_model(torch.float32, "sdpa").named_parameters())
     for name, parameter in trained.model.named_parameters():
         assert torch.equal(loaded[name], parameter)

@@ -138,6 +138,7 @@ def test_masters_and_moments_bit_for_bit(runs, case):
     assert ref.size_bytes == sum(path.stat().st_size for path in states)
     source = open_checkpoint(ref)
     assert (source.ref, source.has_moments) == (ref, True)
+    assert source.stored_betas == (0.9, 0.999)  # torch's defaults
     loaded = source.load_model(torch.float32, "sdpa")
     names = [name for name, _ in loaded.named_parameters()]
     assert set(names) == saved["truth"].keys()

@@ -10,10 +10,12 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from probe.checkpoints import open_checkpoint
-from probe.errors import CheckpointError
+from probe.errors import CheckpointError, ConfigError
+from probe.moments import choose_moments
+from probe.parallel import Shard
 from probe.result import CheckpointRef
 from probe.series import list_checkpoints
-from probe.spec import LocalCheckpoints
+from probe.spec import AdamW, LocalCheckpoints
 
 MLP = "model.layers.1.mlp.up_proj.weight"
 
@@ -78,6 +80,21 @@ def test_numbers_are_given_back_their_names_bit_for_bit(trainer, directory):
     assert any(
         saved[i]["exp_avg"].shape != states[name]["exp_avg"].shape for i, name in enumerate(order)
     )
+
+
+def test_moments_are_not_mixed_with_betas_they_were_not_made_with(trainer, directory):
+    """Trainer's own are 0.9 and 0.999; a job's, where it says none, 0.9 and 0.95."""
+    source = open_directory(directory)
+    assert source.stored_betas == (0.9, 0.999)
+    values = trainer.model.lm_head.weight.detach().flatten()
+    shard = Shard(name="lm_head.weight", lo=0, hi=len(values), base=values, live=values)
+    found = choose_moments(AdamW(betas=(0.9, 0.999)), source, [shard], label="step 3")
+    assert found.source == "checkpoint"
+    assert choose_moments(AdamW(moments="warmup"), source, [shard], label="x").source == "warmup"
+    with pytest.raises(ConfigError, match=r"Set optimizer\.betas: \[0\.9, 0\.999\]"):
+        choose_moments(AdamW(), source, [shard], label="step 3")
+    edit(directory, lambda c: c["param_groups"][1].update(betas=(0.9, 0.95)))
+    assert open_directory(directory).stored_betas is None  # which would it be?
 
 
 def edit(directory: Path, change) -> None:
