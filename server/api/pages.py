@@ -15,10 +15,11 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from probe import mix_text
+from probe import mix_text, train_text
 from probe.mix_summary import summarise_scans
-from probe.reports import mix_results, series_results
+from probe.reports import mix_results, series_results, train_results
 from probe.tables import summary_rows
+from probe.train_summary import summarise_training
 from server.api.context import JobDep, StoreDep
 from server.api.guard import COOKIE, session_cookie
 from server.api.openapi import operations_of
@@ -38,6 +39,8 @@ _ALT_TEXT = {  # of a chart, by kind of job
     "2/eta",
     "mix_scan": "Relative critical sharpness of each task against the share of the varied source, "
     "with the sweet spot",
+    "mix_train": "Heat maps of ratio against learning rate: how far each task's loss and accuracy "
+    "moved from the checkpoint, red worse, blue better",
 }
 
 
@@ -72,6 +75,9 @@ def _environment() -> Environment:
         "outcome": mix_text.outcome_words,
         "sweet_spot": mix_text.sweet_spot_sentence,
         "crossings": mix_text.crossing_sentences,
+        "runs": train_text.runs_of,
+        "change": train_text.change_text,
+        "harmless": train_text.harmless_sentences,
     }
     environment.globals["TERMINAL"] = TERMINAL
     return environment
@@ -114,6 +120,7 @@ def job_page(job: JobDep, store: StoreDep) -> HTMLResponse:
         job=job,
         rows=summary_rows(series_results(results)),
         scans=summarise_scans(mix_results(results)),
+        trainings=summarise_training(train_results(results)),
         alt_text=_ALT_TEXT.get(job.kind, "What the job has measured"),
         events=events,
         last_event_id=last_event_id,
