@@ -89,7 +89,9 @@ class MixUnitResult(ResultModel):
     num_backward_passes: int
     duration_s: float
     direction_s: float = Field(
-        description="Seconds of that spent on gradients and directions, searches left out."
+        description="Seconds of that spent on the direction phase: warm-up, the gradients of the "
+        "sources or mixed batches, and the directions made of them. The tasks' own gradients and "
+        "the searches are not in it."
     )
     memory_bytes: int = Field(description="Peak: device memory on a GPU, resident set on a CPU.")
     provenance: Provenance

@@ -51,7 +51,10 @@ class MixtureMoments:
         num_shards: Tensors of the model on this rank.
         betas: AdamW's decay rates, each in [0, 1).
         storage: Dtype the averages are kept in. fp32 by default. bf16 halves the memory; each step
-            then rounds them by up to 2^-9 of themselves, which moves lambda_c by about a percent.
+            then rounds them by up to 2^-9 of themselves. Measured with betas (0.9, 0.95), after 12
+            to 600 steps: the direction is off by 0.3 to 0.5 % of its length, at random, by 2 %
+            where the sources' gradients nearly cancel. Once 1 - beta2 is below that rounding, old
+            values fade no more: with 0.999, 600 steps in, it is 2 % and 10 %.
 
     Memory: S (S + 3) / 2 buffers: with two sources and fp32, 20 bytes per parameter.
     """
