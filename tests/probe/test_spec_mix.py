@@ -48,6 +48,8 @@ def test_kinds_and_their_names_are_listed_alike():
         ),
         ("mixture.ratios", {"start": 1.0, "stop": 0.5}, "mixture.ratios: need start < stop"),
         ("mixture.ratios", [0.5, 0.1], "mixture: ratios must ascend without repeats"),
+        ("mixture.ratios", [], "mixture: ratios is empty: give at least one"),
+        ("mixture.sources.1.name", "web", "mixture: source names must differ, got ['web', 'web']"),
         ("mixture.ratio", [0.5], "mixture.ratio: unknown key; did you mean 'ratios'?"),
         ("mixture.gradients", "share", "mixture.gradients: Input should be 'shared' or 'exact'"),
         ("mixture.varied", "wiki", "mixture: varied is 'wiki', the sources are web, gsm8k"),
@@ -76,6 +78,30 @@ def test_a_wrong_field_is_named(changed, path, value, message):
     assert str(caught.value).startswith(message)
     assert "ratio_list" not in str(caught.value)
     assert "ratio_grid" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ({"refine": 1, "ratios": [0.5]}, "mixture: refine needs at least two ratios"),
+        ({"refine": 1, "gradients": "exact"}, "mixture: refine needs gradients: shared"),
+    ],
+)
+def test_refining_needs_ratios_to_look_between_and_shared_gradients(mix_spec, mixture, message):
+    with pytest.raises(SpecError) as caught:
+        parse_spec(mix_spec | {"mixture": mix_spec["mixture"] | mixture})
+    assert str(caught.value).startswith(message)
+
+
+def test_exact_gradients_may_be_clipped(mix_spec):
+    spec = parse_spec(
+        mix_spec
+        | {
+            "mixture": mix_spec["mixture"] | {"gradients": "exact"},
+            "optimizer": {"clip_grad_norm": 1.0},
+        }
+    )
+    assert spec.optimizer.clip_grad_norm == 1.0
 
 
 def test_a_grid_and_its_list_are_the_same_ratios(changed):
