@@ -8,6 +8,10 @@ from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 Betas = tuple[float, float]
+AMSGRAD = (  # ends the message of a reader that finds max_exp_avg_sq
+    "AMSGrad divides by the running maximum it keeps there, so exp_avg_sq alone gives another "
+    "step. Use moments: warmup"
+)
 
 
 @runtime_checkable

@@ -24,9 +24,10 @@ from probe.checkpoints.assemble import (
     read_model_config,
     skeleton,
 )
-from probe.checkpoints.betas import Betas, one_of
+from probe.checkpoints.betas import AMSGRAD, Betas, one_of
 from probe.checkpoints.dcp_index import Chunk, DcpIndex, DcpTensor, Place, dcp_parts, read_dcp_index
 from probe.checkpoints.dcp_keys import (
+    amsgrad_key,
     betas_keys,
     find_prefix,
     moment_keys,
@@ -198,6 +199,8 @@ class DcpSource:
     @cached_property
     def _moment_prefix(self) -> str:
         names = [self._stored_name(name) for name in self._shapes]
+        if maximum := amsgrad_key(self._index):
+            raise CheckpointError(f"{self.directory}: found {maximum!r}. {AMSGRAD}")
         if all(name.isdecimal() for name in self._moments):
             raise CheckpointError(
                 f"{self.directory}: moments are keyed by number (the first is "

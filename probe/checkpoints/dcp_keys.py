@@ -44,6 +44,11 @@ def moment_keys(index: DcpIndex) -> dict[str, dict[str, str]]:
     return moments
 
 
+def amsgrad_key(index: DcpIndex) -> str | None:
+    """The first key of AMSGrad's running maximum; None where the optimizer kept none."""
+    return next((key for key in index.tensors if key.endswith(".max_exp_avg_sq")), None)
+
+
 def betas_keys(index: DcpIndex) -> dict[str, Place]:
     """Key -> place of every parameter group's decay rates, nested or flattened."""
     return {

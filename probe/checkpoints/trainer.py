@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, Trainer
 
 from probe.checkpoints.assemble import read_model_config, skeleton
-from probe.checkpoints.betas import Betas, betas_of
+from probe.checkpoints.betas import AMSGRAD, Betas, betas_of
 from probe.checkpoints.huggingface import HuggingFaceSource
 from probe.checkpoints.layout import HOW_TO_CONVERT, check_archive, read_json_object
 from probe.checkpoints.report import first_line
@@ -168,6 +168,8 @@ def _check_state(state: Any, index: int, name: str, shape: tuple[int, ...], path
                 f"{path}: state {index} ({name!r}) has no {kind}; found "
                 f"{', '.join(map(str, held)) or 'nothing'}. Only Adam and AdamW are read"
             )
+    if "max_exp_avg_sq" in held:
+        raise CheckpointError(f"{path}: state {index} ({name!r}) has max_exp_avg_sq. {AMSGRAD}")
     for kind in ("exp_avg", "exp_avg_sq"):
         found = tuple(held[kind].shape) if isinstance(held[kind], torch.Tensor) else None
         if found != shape:

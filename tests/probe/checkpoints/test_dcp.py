@@ -235,6 +235,22 @@ def test_two_copies_of_the_weights_are_not_guessed_between(trained, tmp_path):
         open_directory(tmp_path / "step-2").load_model(torch.float32, "sdpa")
 
 
+def test_moments_of_amsgrad_are_refused_when_read(make_model, tmp_path):
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    weights, state = get_state_dict(model, optimizer)
+    dcp_save({"model": weights, "optim": state}, tmp_path / "step-1")
+    model.config.save_pretrained(tmp_path / "step-1")
+    source = open_checkpoint(listed(tmp_path / "step-1"))
+    assert torch.equal(source.read(MLP, "weight"), model.get_parameter(MLP).detach().flatten())
+    for call in (lambda: source.read(MLP, "exp_avg_sq"), lambda: source.hyper(MLP)):
+        with pytest.raises(CheckpointError, match=r"max_exp_avg_sq'\. AMSGrad .* moments: warmup"):
+            call()
+
+
 def test_moments_keyed_by_number_are_refused_when_read(trained, tmp_path):
     state = {"model": trained.model.state_dict(), "optim": trained.optimizer.state_dict()}
     dcp_save(state, tmp_path / "step-2")

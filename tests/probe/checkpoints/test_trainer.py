@@ -111,6 +111,7 @@ def edit(directory: Path, change) -> None:
         (lambda c: c["param_groups"].pop(), r"groups of \[16\] numbers, expected \[16, 9\]"),
         (lambda c: c["param_groups"][0]["params"].reverse(), "cannot be told"),
         (lambda c: c["state"][1].update(exp_avg=torch.zeros(3)), r"state 1 has shape \[3\]"),
+        (lambda c: c["state"][1].update(max_exp_avg_sq=c["state"][1]["exp_avg_sq"]), "AMSGrad"),
         (lambda c: c["state"][1].pop("exp_avg_sq"), "has no exp_avg_sq; found step, exp_avg"),
         (lambda c: c.pop("state"), "expected `state` and `param_groups`"),
         (lambda c: c["state"].pop(15), "no moments of 'lm_head.weight'"),
