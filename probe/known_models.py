@@ -2,10 +2,9 @@
 
 Read off the files each `Stage` names: the configs of github.com/allenai/OLMo (1B, 7B, 13B) and
 the official scripts of github.com/allenai/OLMo-core (32B). Checks between files: the cosines of
-1B and 7B pass through the rates their stage 2 begins with (7.4487e-5, and 6.1499e-5 within
-0.3 %), and the last revision of every stage 2 lies at the end of its decay. Nothing is filled in:
-a stage whose files disagree has no rate and says why; `main` is an average of weights, no step
-of a run.
+1B, 7B and 13B pass through the rates their stage 2 begins with (7.4487e-5, 6.1499e-5 within
+0.3 %, and 9e-5), and the last revision of every stage 2 lies at the end of its decay. `main` is
+an average of weights, no step of a run.
 
 Both trainers count a step before they set its rate, so the update that follows step s takes the
 rate of step s + 1. Stage 2 counts its steps from 0 again.
@@ -31,12 +30,11 @@ class Stage:
     source: str  # the file the numbers are from
     batch_sequences: int
     shape: Literal["cosine", "linear"] = "linear"
-    peak: float | None = None  # None: not known, `unknown` says why
+    peak: float
     final: float = 0.0
     warmup: int = 0  # linear from 0; in tokens where `in_tokens`, else in steps
     end: int = 0  # of the decay; likewise
     in_tokens: bool = False
-    unknown: str = ""
     states: str | None = None  # directory of a step's optimizer state
 
     @property
@@ -49,13 +47,11 @@ class Stage:
         """Tokens of one sequence."""
         return _SEQUENCE
 
-    def learning_rate(self, step: int) -> float | None:
+    def learning_rate(self, step: int) -> float:
         """Rate of the update that follows `step`; 0 after the decay's end where it ends at 0.
 
         Linear from 0 to the peak; then half a cosine, or a line, to `final`.
         """
-        if self.peak is None:
-            return None
         position = (step + 1) * (self.batch_tokens if self.in_tokens else 1)
         if position < self.warmup:
             return self.peak * position / self.warmup
@@ -80,8 +76,8 @@ class KnownRevision:
         return self.step * self.stage.batch_tokens
 
     @cached_property
-    def learning_rate(self) -> float | None:
-        """Rate of the update that follows; None where it is not known."""
+    def learning_rate(self) -> float:
+        """Rate of the update that follows."""
         return self.stage.learning_rate(self.step)
 
     @property
@@ -187,13 +183,12 @@ KNOWN_STAGES: dict[str, tuple[Stage, ...]] = {
         ),
     ),
     "allenai/OLMo-2-1124-13B": (
-        Stage(
-            revisions=_STAGE_1,
-            source="allenai/OLMo configs/official-1124/OLMo2-13B-stage1.yaml",
-            batch_sequences=2048,
-            unknown="its config states a peak of 3e-4, its stage 2 begins at 9e-5, where a cosine "
-            "from 9e-4 ends; state the schedule in the job",
-            states=f"{_HOST}/peteish13/step{{step}}-unsharded/",
+        # The config's own peak, 3e-4, was overridden by the launch script.
+        _cosine_stage(
+            "official-1124/OLMo2-13B-stage1.yaml, scripts/augusta/peteish13-highlr-launch.sh",
+            "peteish13",
+            9e-4,
+            2048,
         ),
         _anneal_stage(
             "official-1124/OLMo2-13B-stage2-seed*-100B.yaml",

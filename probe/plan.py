@@ -5,7 +5,6 @@ measures the same checkpoints even if the directory has changed since.
 """
 
 from probe.kinds import JobSpec
-from probe.known_models import known_revision
 from probe.plan_mix import expand_mix_units, make_mix_plan
 from probe.plan_parts import TYPICAL_PASSES, assemble, moment_notes, unit_id, warm_up_passes
 from probe.plan_train import expand_train_units, make_train_plan
@@ -89,14 +88,8 @@ def _backward_passes(spec: CheckpointSeriesSpec, units: list[Unit]) -> int:
 
 
 def _schedule_notes(spec: CheckpointSeriesSpec, units: list[Unit]) -> list[str]:
-    """What `schedule: auto` found out about a published run, and what it did not."""
+    """What `schedule: auto` found out about a published run."""
     if spec.schedule.type != "auto":
         return []
     sources = {u.learning_rate_source for u in units if u.learning_rate_source is not None}
-    notes = [f"learning rates for 2/eta are those of {source}" for source in sorted(sources)]
-    for unit in units:
-        known = known_revision(unit.checkpoint.location, unit.checkpoint.revision)
-        if known is not None and known.stage.unknown:
-            what = f"{unit.checkpoint.location} {unit.checkpoint.revision}"
-            return [*notes, f"no 2/eta for {what} and its stage: {known.stage.unknown}"]
-    return notes
+    return [f"learning rates for 2/eta are those of {source}" for source in sorted(sources)]

@@ -39,13 +39,10 @@ def test_a_plan_says_whose_learning_rates_it_takes(series_spec: dict[str, Any]) 
     assert f"learning rates for 2/eta are those of {source}" in plan.notes
 
 
-def test_a_plan_says_why_a_known_run_has_no_threshold(series_spec: dict[str, Any]) -> None:
+def test_a_schedule_the_job_states_wins_over_the_known_one(series_spec: dict[str, Any]) -> None:
     revision = "stage1-step102500-tokens860B"
-    plan = hub_plan(series_spec, [revision])
-    assert plan.units[0].learning_rate is None
-    assert any(revision in note and "peak of 3e-4" in note for note in plan.notes)
-    stated = hub_plan(series_spec, [revision], type="constant", peak=9e-4)
-    assert (stated.units[0].learning_rate, stated.units[0].learning_rate_source) == (9e-4, "spec")
+    stated = hub_plan(series_spec, [revision], type="constant", peak=7e-4)
+    assert (stated.units[0].learning_rate, stated.units[0].learning_rate_source) == (7e-4, "spec")
     assert not any("2/eta" in note for note in stated.notes)
 
 
