@@ -1,4 +1,4 @@
-"""`make demo`: train a small model, probe its checkpoints over HTTP, draw the chart.
+"""`make demo`: train a small model, probe its checkpoints and mixtures over HTTP, draw the charts.
 
 Everything after the training goes through the commands a user would type; they are printed as
 they run. Writes only below `demo-out/` and the asset cache.
@@ -23,36 +23,47 @@ from demo.prepare import Texts, prepare
 from demo.train import Run, build_model, train, train_tokenizer
 from probe.batches import BatchSet
 from probe.result import UnitResult
-from probe.spec import Batches, FileData
+from probe.spec import Batches, CheckpointSeriesSpec, FileData
 from probe.spec_load import load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "demo-out"
-JOB = ROOT / "configs" / "demo-series.yaml"
+SERIES_JOB = ROOT / "configs" / "demo-series.yaml"
+SCAN_JOB = ROOT / "configs" / "demo-mix-scan.yaml"
 PROBE = [str(Path(sys.executable).with_name("probe"))]
 console = Console(highlight=False)
 
 
 def main() -> int:
-    """Run the whole demo; 0 when the series was measured."""
+    """Run the whole demo; 0 when series and scan were measured."""
     started = time.monotonic()
     os.chdir(ROOT)
     run = Run()
-    if load_spec(JOB).schedule != run.schedule:
-        raise SystemExit(f"{JOB} and demo/train.py state different schedules: make them agree")
-    console.rule("1/4  real text: C4, Wikipedia, GSM8K")
+    series = load_spec(SERIES_JOB)
+    if not isinstance(series, CheckpointSeriesSpec) or series.schedule != run.schedule:
+        raise SystemExit(
+            f"{SERIES_JOB} and demo/train.py state different schedules: make them agree"
+        )
+    console.rule("1/5  real text: C4, Wikipedia, GSM8K, MMLU")
     texts = prepare(OUT / "data")
-    console.rule("2/4  train a small OLMo-2-architecture model")
+    console.rule("2/5  train a small OLMo-2-architecture model")
     _train(run, texts)
-    console.rule("3/4  start the service and probe every checkpoint")
+    console.rule("3/5  start the service and probe every checkpoint")
     with _service() as address:
         environment = os.environ | {"PROBE_SERVER": address}
-        job_id = _probe_series(environment)
-        console.rule("4/4  what it shows")
-        _show(job_id, environment, run)
+        series_id = _submit_and_watch(SERIES_JOB, environment)
+        console.rule("4/5  how much web text must be mixed into GSM8K")
+        scan_id = _submit_and_watch(SCAN_JOB, environment)
+        console.rule("5/5  what it shows")
+        _write_files(series_id, "series", environment)
+        _write_files(scan_id, "mix-scan", environment)
+        answer = _probe(["results", series_id, "--format", "json"], environment)
+        results = [UnitResult.model_validate(row) for row in json.loads(answer)["data"]]
+        _show_phases(results, run)
         console.print(f"\nDone in {time.monotonic() - started:.0f} s.")
+        console.print("Charts: demo-out/series.png, demo-out/mix-scan.png")
         console.print(
-            f"Dashboard: [bold]{address}[/bold]  (job page: {address}/jobs/{job_id})",
+            f"Dashboard: [bold]{address}[/bold]  (the scan: {address}/jobs/{scan_id})",
             soft_wrap=True,
         )
         if sys.stdin.isatty() and sys.stdout.isatty():
@@ -121,10 +132,10 @@ def _service() -> Iterator[str]:
         process.wait(timeout=60)
 
 
-def _probe_series(environment: dict[str, str]) -> str:
-    """Submit the job over HTTP, show its progress, print its table."""
-    submitted = _probe(["submit", str(JOB.relative_to(ROOT)), "--json"], environment)
-    job_id = json.loads(submitted)["id"]
+def _submit_and_watch(job: Path, environment: dict[str, str]) -> str:
+    """Submit a job over HTTP, show its progress, print its table; returns its id."""
+    submitted = _probe(["submit", str(job.relative_to(ROOT)), "--json"], environment)
+    job_id: str = json.loads(submitted)["id"]
     command = ["watch", job_id]
     _say_command(["probe", *command])
     watched = subprocess.run([*PROBE, *command], env=environment, check=False)
@@ -133,13 +144,10 @@ def _probe_series(environment: dict[str, str]) -> str:
     return job_id
 
 
-def _show(job_id: str, environment: dict[str, str], run: Run) -> None:
-    for name in ("series.png", "series.svg"):
-        _probe(["plot", job_id, "--out", f"demo-out/{name}"], environment)
-    _probe(["results", job_id, "--format", "csv", "--out", "demo-out/series.csv"], environment)
-    answer = _probe(["results", job_id, "--format", "json"], environment)
-    results = [UnitResult.model_validate(row) for row in json.loads(answer)["data"]]
-    _show_phases(results, run)
+def _write_files(job_id: str, name: str, environment: dict[str, str]) -> None:
+    for suffix in ("png", "svg"):
+        _probe(["plot", job_id, "--out", f"demo-out/{name}.{suffix}"], environment)
+    _probe(["results", job_id, "--format", "csv", "--out", f"demo-out/{name}.csv"], environment)
 
 
 def _show_phases(results: list[UnitResult], run: Run) -> None:
