@@ -1,40 +1,71 @@
-"""The true chain once: worker, torchrun, `probe.rank`, a tiny checkpoint series on disk."""
+"""The true chain once per kind of job: worker, torchrun, `probe.rank`, tiny checkpoints on disk."""
 
 from typing import Any
 
 import pytest
 import torch
 
-from probe.engine import Session
+from probe.kinds import JobSpec
 from probe.plan import make_plan
-from probe.result import Plan, UnitResult, eta_init_hint
-from probe.spec import CheckpointSeriesSpec
+from probe.result import Plan
+from probe.sessions import open_session
 from probe.spec_load import parse_spec
+from probe.unit_results import AnyUnitResult, next_eta_init
 
 
-def numbers(results: list[UnitResult]) -> list[list[dict[str, Any]]]:
+def scan_of(series_spec: dict[str, Any], gradients: str) -> dict[str, Any]:
+    """A mix scan of three units: three checkpoints at all ratios, or one at a ratio each."""
+    (words,) = series_spec["batches"]["sources"]
+    path = series_spec["checkpoints"]["path"]
+    return {
+        "kind": "mix_scan",
+        "name": "tiny scan",
+        "checkpoints": {
+            "source": "local",
+            "path": path if gradients == "shared" else path.replace("*", "1"),
+        },
+        "optimizer": {"warmup_steps": 2},
+        "mixture": {
+            "sources": [words, words | {"name": "again"}],
+            "ratios": [0.25, 0.5, 0.75],
+            "gradients": gradients,
+        },
+        "eval_tasks": [
+            {"data": words | {"name": "words_task"}, "sequences": 4},
+            {"data": words | {"name": "other_task"}, "sequences": 3},
+        ],
+        "batches": {"sequence_length": 16, "batch_sequences": 4},
+        "measurement": {"repeats": 2},
+    }
+
+
+def numbers(results: list[AnyUnitResult]) -> list[list[dict[str, Any]]]:
     """Everything measured, durations left out."""
     return [[m.model_dump(exclude={"duration_s"}) for m in r.measurements] for r in results]
 
 
-def measured_here(plan: Plan, spec: CheckpointSeriesSpec) -> list[UnitResult]:
+def measured_here(plan: Plan, spec: JobSpec) -> list[AnyUnitResult]:
     """The same units without worker, gang or database, in this process."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    session = Session(spec)
-    results: list[UnitResult] = []
+    session = open_session(spec)
+    results: list[AnyUnitResult] = []
     hint = None
     for unit in plan.units:
         results.append(session.measure(unit, eta_init=hint))
-        hint = eta_init_hint(results[-1]) or hint
+        hint = next_eta_init(results[-1]) or hint
     torch.set_num_threads(before)
     return results
 
 
 @pytest.mark.slow
-def test_a_killed_and_resumed_job_gives_bit_for_bit_the_same_numbers(lab, series_spec, monkeypatch):
+@pytest.mark.parametrize("job", ["series", "shared scan", "exact scan"])
+def test_a_killed_and_resumed_job_gives_bit_for_bit_the_same_numbers(
+    lab, series_spec, monkeypatch, job
+):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    spec = parse_spec(series_spec)
+    raw = series_spec if job == "series" else scan_of(series_spec, job.removesuffix(" scan"))
+    spec = parse_spec(raw)
     plan = make_plan(spec)
     job_id = lab.store.create_job(plan=plan, idempotency_key=None, body_sha256="0")[0].id
     worker = lab.start_worker(rank_command="[]")
