@@ -265,16 +265,16 @@ class ProbeClient:
     # Results
 
     def results(self, job_id: str) -> ResultList:
-        """Results of the units finished so far, in unit order."""
+        """Results of the units finished so far, in unit order; of a mix scan `scans` too."""
         return parse(ResultList, self._send("GET", f"/v1/jobs/{_quoted(job_id)}/results"))
 
     def results_file(self, job_id: str, format: Literal["csv", "parquet"]) -> bytes:
-        """The results in long form, one row per measurement, as the bytes of a file."""
+        """The results in long form, one row per search, as the bytes of a file."""
         path = f"/v1/jobs/{_quoted(job_id)}/results"
         return self._send("GET", path, headers={"Accept": _TABLE_TYPES[format]}).content
 
     def chart(self, job_id: str, format: Literal["vega", "svg", "png"] = "svg") -> bytes:
-        """The chart of lambda_c against the step: Vega-Lite JSON, SVG or PNG."""
+        """The chart of lambda_c against step or ratio, by the job's kind: Vega-Lite, SVG or PNG."""
         path = f"/v1/jobs/{_quoted(job_id)}/chart"
         return self._send("GET", path, headers={"Accept": _CHART_TYPES[format]}).content
 

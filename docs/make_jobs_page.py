@@ -17,7 +17,10 @@ from probe.kinds import KINDS
 
 PAGE = Path(__file__).parent / "jobs.md"
 _CONFIGS = Path(__file__).parents[1] / "configs"
-_EXAMPLES = {"checkpoint_series": ("The demo's job:", _CONFIGS / "demo-series.yaml")}
+_EXAMPLES = {
+    "checkpoint_series": ("The demo's job:", _CONFIGS / "demo-series.yaml"),
+    "mix_scan": ("The demo's second job:", _CONFIGS / "demo-mix-scan.yaml"),
+}
 _INTRODUCTION = """\
 # The job file
 
@@ -37,7 +40,7 @@ def jobs_page() -> str:
         parts.append(f"\n## `kind: {kind}`\n\n{_first_line(model)}\n")
         if kind in _EXAMPLES:
             says, file = _EXAMPLES[kind]
-            parts.append(f"{says}\n\n```yaml\n{file.read_text(encoding='utf-8')}```\n")
+            parts.append(f"\n{says}\n\n```yaml\n{file.read_text(encoding='utf-8')}```\n")
         # Parts that several kinds share are described once.
         suffix = f" of {kind}" if written else ""
         parts += _sections(model, "", suffix, written)

@@ -27,6 +27,7 @@ from probe.mix_summary import summarise_scans
 from probe.result_mix import MixPoint, MixScan, MixUnitResult
 
 _HEIGHT = 320
+_MAX_TICKS = 21
 _LINE = 15  # pixels between the marks of one task and the next, below the curves
 # Okabe and Ito's colours and three more: told apart also by colour-blind readers.
 _COLORS = {
@@ -76,7 +77,13 @@ def _panel(scan: MixScan, tasks: list[str], color: alt.Color, theme: Theme) -> A
         "ratio:Q",
         title=f"share of {_clean(scan.varied)} in the training mix",
         scale=alt.Scale(domain=[ratios[0] - pad, ratios[-1] + pad], nice=False, zero=False),
-        axis=alt.Axis(format="~g", grid=False),
+        # Ticks at what was measured, until there are too many.
+        axis=alt.Axis(
+            format=".3~g",
+            grid=False,
+            labelOverlap=True,
+            values=ratios if len(ratios) <= _MAX_TICKS else alt.Undefined,
+        ),
     )
     y = alt.Y(
         "lambda_c:Q",
