@@ -96,11 +96,9 @@ def plain_value(data: bytes, where: str) -> Any:
     """
     try:
         return _PlainUnpickler(io.BytesIO(data)).load()
-    except MemoryError:
-        raise
-    except Exception as error:  # a broken pickle can raise nearly anything
+    except Exception as error:  # a broken pickle can raise nearly anything, MemoryError too
         raise CheckpointError(
-            f"{where}: not usable: {error or type(error).__name__}. It is corrupt or hostile; "
+            f"{where}: not usable: {str(error) or type(error).__name__}. It is corrupt or hostile; "
             "nothing in it was run"
         ) from error
 

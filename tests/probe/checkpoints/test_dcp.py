@@ -395,6 +395,12 @@ def test_a_hostile_metadata_executes_nothing(directory, tmp_path, where):
     assert sprung.exists()  # the trap works
 
 
+def test_a_metadata_that_announces_an_absurd_size_is_corrupt(directory):
+    (directory / ".metadata").write_bytes(b"\x80\x05\x96" + (2**50).to_bytes(8, "little"))
+    with pytest.raises(CheckpointError, match=r"\.metadata: not usable.*MemoryError"):
+        open_directory(directory)
+
+
 def test_a_hostile_chunk_executes_nothing(directory, tmp_path):
     sprung = tmp_path / "sprung"
     trap = pickle.dumps(Trap(sprung))

@@ -18,6 +18,7 @@ from transformers import OlmoConfig, OlmoForCausalLM
 
 from probe.checkpoints import open_checkpoint
 from probe.checkpoints.expected import ExpectedWeights
+from probe.checkpoints.olmo_files import plain_value
 from probe.checkpoints.olmo_unsharded import open_moments
 from probe.errors import CheckpointError
 from probe.result import CheckpointRef
@@ -611,3 +612,9 @@ def test_a_series_is_listed_without_torch(trained, tmp_path):
     series, torch_seen = found.stdout.splitlines()
     assert json.loads(series) == [[2, "olmo-unsharded", True], [1000, "olmo-unsharded", True]]
     assert torch_seen == "False"
+
+
+def test_a_pickled_key_that_announces_an_absurd_size_is_corrupt():
+    data = b"\x80\x05\x96" + (2**50).to_bytes(8, "little")
+    with pytest.raises(CheckpointError, match="a key: not usable: MemoryError"):
+        plain_value(data, "a key")
