@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from probe.batches.batch import Batch
 from probe.batches.batch_set import SourceSequences, interleave, padding_token
+from probe.batches.packing import Sequence as Tokens
 from probe.errors import BatchError
 from probe.spec_mix import MixScanSpec
 from probe.spec_train import MixTrainSpec
@@ -73,7 +74,7 @@ class MixtureBatches:
         ]
         return self._batch(drawn, [source.name for source in self._sources])
 
-    def _batch(self, drawn: list[list], names: list[str]) -> Batch:  # type: ignore[type-arg]
+    def _batch(self, drawn: list[list[Tokens]], names: list[str]) -> Batch:
         return interleave(drawn, names, self._cut.sequence_length, self._pad)
 
 
