@@ -211,7 +211,8 @@ class _Part:
         except Exception as error:  # a broken pickle can raise nearly anything, MemoryError too
             raise CheckpointError(
                 f"{self.path}: not usable as torch DCP metadata: "
-                f"{str(error) or type(error).__name__}. It is truncated, corrupt or hostile; nothing in it was run"
+                f"{str(error) or type(error).__name__}. It is truncated, corrupt or hostile; "
+                "nothing in it was run"
             ) from error
         if not isinstance(content, _Record) or type(content).__name__ != "Metadata":
             raise CheckpointError(
