@@ -153,7 +153,7 @@ def _write_files(job_id: str, name: str, environment: dict[str, str]) -> None:
 def _show_phases(results: list[UnitResult], run: Run) -> None:
     """Held-out lambda_c in each phase of the schedule, and whether the paper's picture is there."""
     points = [
-        (r.unit.checkpoint.step or 0, m.lambda_c, r.stability_threshold or 0.0)
+        (r.unit.checkpoint_ref.step or 0, m.lambda_c, r.stability_threshold or 0.0)
         for r in results
         for m in r.measurements
         if m.loss_batch == "held_out" and m.lambda_c is not None

@@ -92,13 +92,13 @@ class _XAxis:
     """Where a unit stands on the x axis: at its step, or at its name where steps are missing."""
 
     def __init__(self, results: Sequence[UnitResult]) -> None:
-        self.steps = [result.unit.checkpoint.step for result in results]
+        self.steps = [result.unit.checkpoint_ref.step for result in results]
         self.by_step = None not in self.steps and len(set(self.steps)) == len(self.steps) > 1
         self.labels = _unique([_clean_label(result) for result in results])
         self._label_of = {r.unit.unit_id: x for r, x in zip(results, self.labels, strict=True)}
 
     def of(self, result: UnitResult) -> int | str:
-        step = result.unit.checkpoint.step
+        step = result.unit.checkpoint_ref.step
         return step if self.by_step and step is not None else self._label_of[result.unit.unit_id]
 
     def encoding(self, *, lowest_panel: bool = False) -> alt.X:
@@ -126,7 +126,7 @@ class _XAxis:
 
 
 def _clean_label(result: UnitResult) -> str:
-    return NOT_XML.sub("", result.unit.checkpoint.label)[:80]
+    return NOT_XML.sub("", result.unit.checkpoint_ref.label)[:80]
 
 
 def _unique(labels: list[str]) -> list[str]:
@@ -188,7 +188,7 @@ def _threshold_rows(results: Sequence[UnitResult], position: _XAxis) -> Rows:
         first + (last - first) * i // _NUM_SCHEDULE_POINTS for i in range(_NUM_SCHEDULE_POINTS)
     } | set(steps)
     points |= {step for step in corners if step is not None and first <= step <= last}
-    rate, _ = rate_function(schedule, results[0].unit.checkpoint)
+    rate, _ = rate_function(schedule, results[0].unit.checkpoint_ref)
     rates = [(step, None if rate is None else rate(step)) for step in sorted(points)]
     rows = [{"x": x, "lambda_c": 2 / r, "series": THRESHOLD} for x, r in rates if r]
     return rows or at_units

@@ -45,10 +45,10 @@ def train_chart(
     if not results:
         raise ConfigError("a chart needs at least one finished unit; found none")
     grids = []
-    by_label = {result.unit.checkpoint.label: result.unit.checkpoint for result in results}
+    by_label = {result.unit.checkpoint_ref.label: result.unit.checkpoint_ref for result in results}
     for table in summarise_training(results):
         checkpoint = by_label[table.checkpoint]
-        scans = summarise_scans(unit for unit in scan if unit.unit.checkpoint == checkpoint)
+        scans = summarise_scans(unit for unit in scan if unit.unit.checkpoint_ref == checkpoint)
         grids.append(_grid_of(table, scans[0] if scans else None))
     title = NOT_XML.sub("", str(results[0].spec.get("name", ""))) or "training grid"
     chart: alt.VConcatChart = (

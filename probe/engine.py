@@ -95,7 +95,7 @@ class Session:
         memory, meter = PeakMemory(workbench.device), Meter(on_progress)
         with out_of_memory_explained(workbench.micro_batch_sequences, self.spec.model.dtype):
             meter.report("load", 0, 1)
-            opened = workbench.open(unit.checkpoint)
+            opened = workbench.open(unit.checkpoint_ref)
             check_no_decay([shard.name for shard in opened.model.shards], self.spec.optimizer)
             meter.report("load", 1, 1)
             checkpoint = _Checkpoint(self, unit, opened, meter)
@@ -137,7 +137,7 @@ class _Checkpoint:
                 self.spec.optimizer,
                 opened.source,
                 opened.model.shards,
-                label=unit.checkpoint.label,
+                label=unit.checkpoint_ref.label,
             )
         self.rule = UpdateRule(self.model, self.spec.optimizer, self.moments)
 

@@ -87,7 +87,7 @@ class MixSession:
         memory, meter = PeakMemory(workbench.device), Meter(on_progress)
         with out_of_memory_explained(workbench.micro_batch_sequences, self.spec.model.dtype):
             meter.report("load", 0, 1)
-            opened = workbench.open(unit.checkpoint)
+            opened = workbench.open(unit.checkpoint_ref)
             check_no_decay([shard.name for shard in opened.model.shards], self.spec.optimizer)
             meter.report("load", 1, 1)
             scan = _Scan(self.spec, unit, opened, meter, eta_init or {})

@@ -49,7 +49,7 @@ class SharedSteps:
     ) -> None:
         self._spec, self._opened, self._meter = spec, opened, meter
         moments = choose_moments(
-            spec.optimizer, opened.source, opened.model.shards, label=unit.checkpoint.label
+            spec.optimizer, opened.source, opened.model.shards, label=unit.checkpoint_ref.label
         )
         self._rule: MixtureRule
         if isinstance(moments, CheckpointMoments):
@@ -115,7 +115,7 @@ class ExactSteps:
     ) -> None:
         self._spec, self._opened, self._meter, self._shares = spec, opened, meter, list(shares)
         self._moments = choose_moments(
-            spec.optimizer, opened.source, opened.model.shards, label=unit.checkpoint.label
+            spec.optimizer, opened.source, opened.model.shards, label=unit.checkpoint_ref.label
         )
         self._rule = UpdateRule(opened.model, spec.optimizer, self._moments)
         self._delta: list[Tensor] = []

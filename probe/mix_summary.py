@@ -26,7 +26,7 @@ def summarise_scans(results: Iterable[MixUnitResult]) -> list[MixScan]:
     """
     by_checkpoint: dict[str, list[MixUnitResult]] = {}
     for result in results:
-        key = result.unit.checkpoint.model_dump_json()
+        key = result.unit.checkpoint_ref.model_dump_json()
         by_checkpoint.setdefault(key, []).append(result)
     return [_scan(units) for units in by_checkpoint.values()]
 
@@ -64,8 +64,8 @@ def _scan(units: Sequence[MixUnitResult]) -> MixScan:
     first = units[0]
     mixture = first.spec["mixture"]
     return MixScan(
-        checkpoint=first.unit.checkpoint.label,
-        step=first.unit.checkpoint.step,
+        checkpoint=first.unit.checkpoint_ref.label,
+        step=first.unit.checkpoint_ref.step,
         varied=mixture["varied"] or mixture["sources"][0]["name"],
         points=[_point(ratio, task, cell) for (ratio, task), cell in cells.items()],
         sweet_spot=spot

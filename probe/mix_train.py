@@ -85,7 +85,7 @@ class MixTrainSession:
         memory, meter = PeakMemory(workbench.device), Meter(on_progress)
         with out_of_memory_explained(workbench.micro_batch_sequences, self.spec.model.dtype):
             meter.report("load", 0, 1)
-            opened = workbench.open(unit.checkpoint)
+            opened = workbench.open(unit.checkpoint_ref)
             check_no_decay([shard.name for shard in opened.model.shards], self.spec.optimizer)
             meter.report("load", 1, 1)
             grid = _GridRun(self.spec, unit, opened, meter, ratio)
@@ -126,7 +126,7 @@ class MixTrainSession:
     def _start_scores(
         self, unit: Unit, opened: Batches, tasks: list[ScoredTask], meter: Meter
     ) -> list[TaskScore]:
-        key = unit.checkpoint.model_dump_json()
+        key = unit.checkpoint_ref.model_dump_json()
         if self._start[0] != key:
             for task in tasks:
                 task.check(opened.model.model)
@@ -172,7 +172,7 @@ class _GridRun:
         if self._spec.train.moments == "zero":
             return ShardAdamW(model, options, None)
         found = choose_moments(
-            options, self._opened.source, model.shards, label=self._unit.checkpoint.label
+            options, self._opened.source, model.shards, label=self._unit.checkpoint_ref.label
         )
         self.moments = found.source
         if isinstance(found, CheckpointMoments):

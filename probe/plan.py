@@ -75,7 +75,7 @@ def make_plan(spec: JobSpec) -> Plan:
         num_tokens_per_pass=spec.batches.sequence_length
         * max(spec.batches.batch_sequences, spec.batches.held_out_sequences or 0),
         notes=[
-            *moment_notes(spec.optimizer, [unit.checkpoint for unit in units]),
+            *moment_notes(spec.optimizer, [unit.checkpoint_ref for unit in units]),
             *_schedule_notes(spec, units),
         ],
     )
@@ -84,7 +84,7 @@ def make_plan(spec: JobSpec) -> Plan:
 def _backward_passes(spec: CheckpointSeriesSpec, units: list[Unit]) -> int:
     held_out = 1 if spec.measurement.loss_batch != "update" else 0
     measured = (spec.measurement.repeats + held_out) * len(units)
-    return measured + sum(warm_up_passes(spec.optimizer, unit.checkpoint) for unit in units)
+    return measured + sum(warm_up_passes(spec.optimizer, unit.checkpoint_ref) for unit in units)
 
 
 def _schedule_notes(spec: CheckpointSeriesSpec, units: list[Unit]) -> list[str]:

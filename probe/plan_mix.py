@@ -47,13 +47,13 @@ def make_mix_plan(spec: MixScanSpec) -> Plan:
     # Once per task: L(0), and one more evaluation of eta = 0 for the loss resolution.
     at_zero = 2 * num_tasks
     largest = max(spec.batches.batch_sequences, *(task.sequences for task in spec.eval_tasks))
-    checkpoints = list({unit.checkpoint: None for unit in units})
+    checkpoints = list({unit.checkpoint_ref: None for unit in units})
     return assemble(
         spec,
         units,
         num_forward_passes=(searches * TYPICAL_PASSES[options.search] + at_zero) * len(units),
         max_forward_passes=(searches * options.max_forward_passes + at_zero) * len(units),
-        num_backward_passes=sum(_backward_passes(spec, unit.checkpoint) for unit in units),
+        num_backward_passes=sum(_backward_passes(spec, unit.checkpoint_ref) for unit in units),
         num_tokens_per_pass=spec.batches.sequence_length * largest,
         notes=[*moment_notes(spec.optimizer, checkpoints), *_mixture_notes(spec)],
     )

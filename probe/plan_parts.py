@@ -41,7 +41,7 @@ def assemble(
         num_tokens_per_pass: Of the largest batch.
         notes: What this kind of job has to say; others are added before and after.
     """
-    first = units[0].checkpoint
+    first = units[0].checkpoint_ref
     size = model_size(first)
     placement = place(spec, size)
     per_rank = placement.memory_bytes_per_rank

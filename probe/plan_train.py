@@ -41,7 +41,7 @@ def make_train_plan(spec: MixTrainSpec) -> Plan:
         CheckpointError: As `expand_train_units`.
     """
     units = expand_train_units(spec)
-    checkpoints = list({unit.checkpoint: None for unit in units})
+    checkpoints = list({unit.checkpoint_ref: None for unit in units})
     # Each task twice per scoring: its loss, its accuracy. The start is scored once per checkpoint,
     # or once per unit where every unit meets a fresh process.
     scoring = 2 * len(spec.eval_tasks)
@@ -52,7 +52,7 @@ def make_train_plan(spec: MixTrainSpec) -> Plan:
         units,
         num_forward_passes=scoring * (len(units) + len(checkpoints)),
         max_forward_passes=2 * scoring * len(units),
-        num_backward_passes=sum(_backward_passes(spec, unit.checkpoint) for unit in units),
+        num_backward_passes=sum(_backward_passes(spec, unit.checkpoint_ref) for unit in units),
         num_tokens_per_pass=spec.batches.sequence_length * largest,
         notes=[*notes, *_accuracy_notes(spec)],
     )

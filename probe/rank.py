@@ -138,7 +138,7 @@ class Measurer:
         def on_progress(data: dict[str, Any]) -> None:
             self._send({"type": "progress", "unit_id": unit_id, "data": data})
             if upcoming is not None and self._prefetcher is not None and data["phase"] != "load":
-                self._prefetcher.begin(Unit.model_validate(upcoming).checkpoint)
+                self._prefetcher.begin(Unit.model_validate(upcoming).checkpoint_ref)
 
         try:
             if self._session is None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from probe.errors import ConfigError
 from probe.line_search import SearchOutcome
 
 LossBatch = Literal["update", "held_out"]
@@ -56,12 +57,27 @@ class CheckpointRef(ResultModel):
         return self.revision or self.location.rstrip("/").rsplit("/", 1)[-1]
 
 
+class RunRef(ResultModel):
+    """One run of a `continual_learning` job, by the names in its spec."""
+
+    method: str
+    control: str
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """For tables and messages: `L2 / scheduler / seed 0`."""
+        return f"{self.method} / {self.control} / seed {self.seed}"
+
+
 class Unit(ResultModel):
     """What is measured, recorded and resumed as a whole."""
 
     index: int = Field(ge=0)
     unit_id: str = Field(description="Stable inside its job, for example `0003-step-120`.")
-    checkpoint: CheckpointRef
+    checkpoint: CheckpointRef | None = Field(
+        None, description="What is measured; None for continual_learning, which begins anew."
+    )
     ratio: float | None = Field(
         None,
         description="mix_scan with exact gradients, mix_train: the one ratio of this unit.",
@@ -74,6 +90,27 @@ class Unit(ResultModel):
     learning_rate_source: str | None = Field(
         None, description="Where it is from: `spec`, or the published file it was read off."
     )
+    runs: list[RunRef] | None = Field(
+        None, description="continual_learning: runs of one shape, trained as one."
+    )
+    first_task: int | None = Field(
+        None, ge=0, description="continual_learning: first task of this stretch, from 0."
+    )
+    num_tasks: int | None = Field(None, ge=1, description="continual_learning: tasks of it.")
+
+    @property
+    def checkpoint_ref(self) -> CheckpointRef:
+        """The unit's checkpoint.
+
+        Raises:
+            ConfigError: It has none: the unit is of another kind of job.
+        """
+        if self.checkpoint is None:
+            raise ConfigError(
+                f"unit {self.unit_id!r} has no checkpoint: it is of another kind of job. Expand "
+                "the spec again."
+            )
+        return self.checkpoint
 
 
 class SearchRecord(ResultModel):

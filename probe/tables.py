@@ -61,9 +61,9 @@ def _measurement_row(result: UnitResult, measurement: Measurement) -> Row:
         **measurement.model_dump(mode="json", exclude={"trials"}),
         "unit_id": result.unit.unit_id,
         "unit_index": result.unit.index,
-        "step": result.unit.checkpoint.step,
-        "checkpoint": result.unit.checkpoint.location,
-        "revision": result.unit.checkpoint.revision,
+        "step": result.unit.checkpoint_ref.step,
+        "checkpoint": result.unit.checkpoint_ref.location,
+        "revision": result.unit.checkpoint_ref.revision,
         "learning_rate": result.unit.learning_rate,
         "stability_threshold": result.stability_threshold,
         "moments": result.provenance.moments,
@@ -84,8 +84,8 @@ def summary_rows(results: Iterable[UnitResult]) -> list[Row]:
     return [
         {
             "unit_id": result.unit.unit_id,
-            "label": result.unit.checkpoint.label,
-            "step": result.unit.checkpoint.step,
+            "label": result.unit.checkpoint_ref.label,
+            "step": result.unit.checkpoint_ref.step,
             "loss_batch": summary.loss_batch,
             "loss_mean": summary.loss_mean,
             "lambda_c_mean": summary.lambda_c_mean,

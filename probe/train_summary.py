@@ -19,7 +19,7 @@ def summarise_training(results: Iterable[MixTrainUnitResult]) -> list[TrainTable
     """
     by_checkpoint: dict[str, list[MixTrainUnitResult]] = {}
     for result in results:
-        key = result.unit.checkpoint.model_dump_json()
+        key = result.unit.checkpoint_ref.model_dump_json()
         by_checkpoint.setdefault(key, []).append(result)
     return [_table(units) for units in by_checkpoint.values()]
 
@@ -52,8 +52,8 @@ def _table(units: Sequence[MixTrainUnitResult]) -> TrainTable:
     ratios = list(dict.fromkeys(unit.ratio for unit in ordered))
     tasks = [change.task for change in first.tasks]
     return TrainTable(
-        checkpoint=first.unit.checkpoint.label,
-        step=first.unit.checkpoint.step,
+        checkpoint=first.unit.checkpoint_ref.label,
+        step=first.unit.checkpoint_ref.step,
         varied=mixture["varied"] or mixture["sources"][0]["name"],
         cells=cells,
         limits=[

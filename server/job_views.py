@@ -46,7 +46,7 @@ def finished_data(result: AnyUnitResult) -> dict[str, Any]:
         "kind": result.kind,
         "unit_id": result.unit.unit_id,
         "index": result.unit.index,
-        "step": result.unit.checkpoint.step,
+        "step": result.unit.checkpoint_ref.step,
         "num_forward_passes": result.num_forward_passes,
         "duration_s": result.duration_s,
     }

@@ -102,7 +102,7 @@ def results_table(results: Sequence[UnitResult], *, title: str | None = None) ->
     for result in results:
         for summary in result.summaries:
             table.add_row(
-                Text(result.unit.checkpoint.label),
+                Text(result.unit.checkpoint_ref.label),
                 summary.loss_batch,
                 lambda_text(summary, result.stability_threshold),
                 bracket_text(summary),
@@ -253,7 +253,7 @@ def plan_table(plan: Plan) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    first, last = plan.units[0].checkpoint.label, plan.units[-1].checkpoint.label
+    first, last = plan.units[0].checkpoint_ref.label, plan.units[-1].checkpoint_ref.label
     span = first if len(plan.units) == 1 else f"{first} to {last}"
     table.add_row("units", Text(f"{len(plan.units)} ({span})"))
     table.add_row(

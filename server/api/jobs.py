@@ -83,7 +83,7 @@ def _plan(settings: Settings, body: Any) -> Plan:
     spec = parse_spec(body)
     check_spec(spec, settings.roots)
     plan = make_plan(spec)
-    check_found([unit.checkpoint for unit in plan.units], settings.roots)
+    check_found([unit.checkpoint_ref for unit in plan.units], settings.roots)
     return plan
 
 

@@ -231,6 +231,6 @@ def _num_ranks(plan: Plan) -> int:
     if fixed is not None:
         return fixed
     try:
-        return place(parse_spec(plan.spec), model_size(plan.units[0].checkpoint)).num_ranks
+        return place(parse_spec(plan.spec), model_size(plan.units[0].checkpoint_ref)).num_ranks
     except ProbeError as error:
         raise UnitFailedError(error.code, str(error), retryable=error.retryable) from error
