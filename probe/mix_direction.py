@@ -186,18 +186,3 @@ def _names_of_broken(model: ShardedModel, delta: list[Tensor]) -> list[str]:
     extremes = torch.stack([torch.stack(torch.aminmax(d)) for _, d in named])  # (shards, 2)
     finite = extremes.isfinite().all(1).tolist()  # one wait for the device, not one per shard
     return [name for (name, _), good in zip(named, finite, strict=True) if not good]
-
-
-def shares_at(ratio: float, proportions: Sequence[float], varied: int) -> list[float]:
-    """Share of every source: `ratio` for the varied one, the rest in proportion for the others.
-
-    Args:
-        ratio: In [0, 1].
-        proportions: Weight of each source, > 0; that of the varied one is without meaning.
-        varied: Index of the varied source.
-    """
-    others = sum(p for index, p in enumerate(proportions) if index != varied)
-    return [
-        ratio if index == varied else (1 - ratio) * p / others
-        for index, p in enumerate(proportions)
-    ]

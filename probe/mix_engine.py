@@ -19,13 +19,13 @@ from torch import Tensor
 from probe.batches import Batch
 from probe.batches.mixtures import MixtureBatches
 from probe.memory import PeakMemory, out_of_memory_explained
-from probe.mix_direction import shares_at
 from probe.mix_steps import ExactSteps, SharedSteps, Steps
 from probe.mix_summary import eta_table
 from probe.progress import Meter, OnProgress
 from probe.ray_search import RaySearch, search_fields
 from probe.result import Unit
 from probe.result_mix import MixMeasurement, MixUnitResult
+from probe.shares import source_shares
 from probe.spec_load import resolved, spec_sha256
 from probe.spec_mix import MixScanSpec, ratios_of
 from probe.sweet_spot import next_ratio
@@ -150,7 +150,9 @@ class _Scan:
         if spec.mixture.gradients == "shared":
             self.steps = SharedSteps(spec, unit, opened, meter)
         else:
-            self.steps = ExactSteps(spec, unit, opened, meter, shares_of(spec, self.ratios[0]))
+            self.steps = ExactSteps(
+                spec, unit, opened, meter, source_shares(spec.mixture, self.ratios[0])
+            )
         self.tasks = [self._task(task.data.name, eta_init) for task in spec.eval_tasks]
 
     def run(self) -> None:
@@ -173,7 +175,7 @@ class _Scan:
 
     def _at(self, repeat: int, ratio: float, hashes: list[str]) -> None:
         """All tasks along the direction of one mixture."""
-        shares = shares_of(self.spec, ratio)
+        shares = source_shares(self.spec.mixture, ratio)
         delta = self._timed(partial(self.steps.direction, shares))
         for task in self.tasks:
             self.meter.report("search", len(self.measurements), self._num_searches)
@@ -211,9 +213,3 @@ class _Scan:
             return work()
         finally:
             self.direction_s += time.perf_counter() - clock
-
-
-def shares_of(spec: MixScanSpec, ratio: float) -> list[float]:
-    """Share of every source at a ratio of the varied one."""
-    proportions = [source.share for source in spec.mixture.sources]
-    return shares_at(ratio, proportions, spec.mixture.varied_index)

@@ -16,12 +16,12 @@ from probe.batches import Batch
 from probe.batches.choices import MixTrainBatches
 from probe.errors import ConfigError, NonFiniteLossError
 from probe.memory import PeakMemory, out_of_memory_explained
-from probe.mix_direction import shares_at
 from probe.mix_training import ShardAdamW, TrainRun, put_back, train_steps
 from probe.moments import CheckpointMoments, WarmupMoments, choose_moments
 from probe.progress import Meter, OnProgress
 from probe.result import MomentsSource, Unit
 from probe.result_train import MixTrainUnitResult
+from probe.shares import source_shares
 from probe.spec_load import resolved, spec_sha256
 from probe.spec_train import MixTrainSpec, TrainGrid
 from probe.task_scores import ScoredTask, TaskScore
@@ -153,8 +153,7 @@ class _GridRun:
         self, spec: MixTrainSpec, unit: Unit, opened: Batches, meter: Meter, ratio: float
     ) -> None:
         self._spec, self._unit, self._opened, self._meter = spec, unit, opened, meter
-        proportions = [source.share for source in spec.mixture.sources]
-        self.shares = shares_at(ratio, proportions, spec.mixture.varied_index)
+        self.shares = source_shares(spec.mixture, ratio)
         self.tasks = [ScoredTask.of(opened.batches, task.data.name) for task in spec.eval_tasks]
 
     def train(self, rate: float) -> TrainRun:

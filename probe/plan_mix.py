@@ -1,6 +1,13 @@
 """What a mix scan would do, worked out before anything is queued (torch-free)."""
 
-from probe.plan_parts import TYPICAL_PASSES, assemble, moment_notes, unit_id, warm_up_passes
+from probe.plan_parts import (
+    TYPICAL_PASSES,
+    assemble,
+    lost_share_notes,
+    moment_notes,
+    unit_id,
+    warm_up_passes,
+)
 from probe.result import CheckpointRef, Plan, Unit
 from probe.series import list_checkpoints
 from probe.spec_mix import MixScanSpec, ratios_of
@@ -75,6 +82,13 @@ def _mixture_notes(spec: MixScanSpec) -> list[str]:
             "one repeat gives no spread of lambda_c and no interval of the sweet spot: "
             "measurement.repeats takes several"
         )
-    if spec.mixture.buffers != "float32" and spec.mixture.gradients == "exact":
+    if spec.mixture.gradients == "shared":
+        return notes
+    if spec.mixture.buffers != "float32":
         notes.append("mixture.buffers is without effect: exact gradients keep fp32 moments")
-    return notes
+    return notes + lost_share_notes(
+        spec.mixture,
+        ratios_of(spec.mixture),
+        spec.batches.batch_sequences,
+        "choose ratios further apart, or use gradients: shared",
+    )

@@ -12,12 +12,15 @@ from probe.kinds import JobSpec, data_sources
 from probe.model_size import ModelSize, model_size
 from probe.placement import place
 from probe.result import CheckpointRef, Plan, Unit
+from probe.shares import lost_sources, source_shares
 from probe.spec import AdamW, DataSource, FileData, Optimizer
 from probe.spec_load import resolved, spec_sha256
+from probe.spec_mix import MixtureSources
 
 # Typical passes of one search once its first guess is good; the benchmark `passes.py` measures
 # them. The L(0) of a search is counted apart.
 TYPICAL_PASSES = {"interpolate": 3, "bisect": 6}
+_MAX_LISTED = 5
 
 
 def assemble(
@@ -126,6 +129,35 @@ def moment_notes(optimizer: Optimizer, checkpoints: Sequence[CheckpointRef]) -> 
             "optimizer.moments is 'checkpoint': those units will fail"
         )
     return notes
+
+
+def lost_share_notes(
+    mixture: MixtureSources, ratios: Sequence[float], batch_sequences: int, instead: str
+) -> list[str]:
+    """Ratios at which a source's share of a mixed batch rounds to no sequence, by source.
+
+    Args:
+        mixture: Sources and their shares.
+        ratios: Of the varied source.
+        batch_sequences: Of a mixed batch.
+        instead: What can be done about it beside raising batch_sequences.
+    """
+    lost: dict[str, list[float]] = {}
+    for ratio in ratios:
+        for s in lost_sources(source_shares(mixture, ratio), batch_sequences):
+            lost.setdefault(mixture.sources[s].name, []).append(ratio)
+    return [
+        f"batches.batch_sequences {batch_sequences} leaves {name} no whole sequence at "
+        f"{_listed_ratios(at)}: units will fail there; raise it, {instead}"
+        for name, at in lost.items()
+    ]
+
+
+def _listed_ratios(ratios: Sequence[float]) -> str:
+    word = "ratio" if len(ratios) == 1 else "ratios"
+    shown = ", ".join(f"{ratio:g}" for ratio in ratios[:_MAX_LISTED])
+    rest = len(ratios) - _MAX_LISTED
+    return f"{word} {shown} and {rest} more" if rest > 0 else f"{word} {shown}"
 
 
 def file_notes(sources: Iterable[DataSource]) -> list[str]:

@@ -1,6 +1,12 @@
 """What a training grid would do, worked out before anything is queued (torch-free)."""
 
-from probe.plan_parts import assemble, moment_notes, unit_id, warm_up_passes
+from probe.plan_parts import (
+    assemble,
+    lost_share_notes,
+    moment_notes,
+    unit_id,
+    warm_up_passes,
+)
 from probe.result import CheckpointRef, Plan, Unit
 from probe.series import list_checkpoints
 from probe.spec import QuestionAnswerFormat
@@ -47,6 +53,12 @@ def make_train_plan(spec: MixTrainSpec) -> Plan:
     scoring = 2 * len(spec.eval_tasks)
     largest = max(spec.batches.batch_sequences, *(task.sequences for task in spec.eval_tasks))
     notes = [] if spec.train.moments == "zero" else moment_notes(spec.optimizer, checkpoints)
+    lost = lost_share_notes(
+        spec.mixture,
+        spec.train.ratios,
+        spec.batches.batch_sequences,
+        "or choose ratios further from 0 and 1",
+    )
     return assemble(
         spec,
         units,
@@ -54,7 +66,7 @@ def make_train_plan(spec: MixTrainSpec) -> Plan:
         max_forward_passes=2 * scoring * len(units),
         num_backward_passes=sum(_backward_passes(spec, unit.checkpoint_ref) for unit in units),
         num_tokens_per_pass=spec.batches.sequence_length * largest,
-        notes=[*notes, *_accuracy_notes(spec)],
+        notes=[*notes, *lost, *_accuracy_notes(spec)],
     )
 
 

@@ -11,7 +11,7 @@ import typer
 import yaml
 
 from clients.cli.main import app
-from probe.mix_direction import shares_at
+from probe.shares import source_shares
 from probe.spec_load import load_spec
 from probe.spec_mix import MixScanSpec
 
@@ -164,9 +164,7 @@ def test_the_dolmino_scan_keeps_the_papers_proportions() -> None:
     assert isinstance(spec, MixScanSpec)
     percent = {"flan": 16.6, "stackexchange": 2.45, "pes2o": 5.85, "wiki": 7.11, "math": 20.8}
     names = [source.name for source in spec.mixture.sources]
-    shares = dict(
-        zip(names, shares_at(0.472, [s.share for s in spec.mixture.sources], 0), strict=True)
-    )
+    shares = dict(zip(names, source_shares(spec.mixture, 0.472), strict=True))
     assert spec.mixture.varied == "dclm"
     assert shares.pop("dclm") == 0.472
     assert shares == {n: pytest.approx(p / 100, rel=1e-3) for n, p in percent.items()}

@@ -38,6 +38,7 @@ TORCH_FREE = (
     "probe.result_train",
     "probe.schedule",
     "probe.series",
+    "probe.shares",
     "probe.spec",
     "probe.spec_load",
     "probe.spec_mix",

@@ -5,14 +5,13 @@ the files a source reads. Step i of a source follows its step i - 1 and never ov
 """
 
 from collections.abc import Sequence
-from fractions import Fraction
 
 from transformers import PreTrainedTokenizerBase
 
 from probe.batches.batch import Batch
 from probe.batches.batch_set import SourceSequences, interleave, padding_token
 from probe.batches.packing import Sequence as Tokens
-from probe.errors import BatchError
+from probe.shares import mixed_counts
 from probe.spec_mix import MixScanSpec
 from probe.spec_train import MixTrainSpec
 
@@ -62,10 +61,8 @@ class MixtureBatches:
     def mixed_step(self, shares: Sequence[float], step: int) -> Batch:
         """One batch of `batch_sequences`, of which each source gives its share.
 
-        Sources whose share rounds to no sequence give none: `mixed_counts` says how many.
-
         Raises:
-            BatchError: A source has too few documents left.
+            BatchError: A share rounds to no sequence, or a source has too few documents left.
         """
         counts = mixed_counts(shares, self._cut.batch_sequences)
         drawn = [
@@ -76,23 +73,3 @@ class MixtureBatches:
 
     def _batch(self, drawn: list[list[Tokens]], names: list[str]) -> Batch:
         return interleave(drawn, names, self._cut.sequence_length, self._pad)
-
-
-def mixed_counts(shares: Sequence[float], num_sequences: int) -> list[int]:
-    """Sequences each source gives to a mixed batch: shares, by largest remainder.
-
-    Raises:
-        BatchError: A source with a share above 0 would give none.
-    """
-    exact = [Fraction(share) * num_sequences for share in shares]
-    counts = [int(amount) for amount in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda s: (counts[s] - exact[s], s))
-    for s in by_remainder[: num_sequences - sum(counts)]:
-        counts[s] += 1
-    for share, count in zip(shares, counts, strict=True):
-        if share > 0 and count == 0:
-            raise BatchError(
-                f"a share of {share:g} of {num_sequences} sequences is none: raise "
-                "batches.batch_sequences, choose ratios further apart, or use gradients: shared"
-            )
-    return counts

@@ -1,4 +1,4 @@
-"""The direction of a mixture is refused where it is no number; shares follow the ratio."""
+"""The direction of a mixture is refused where it is no number."""
 
 import math
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from probe.errors import DirectionError
-from probe.mix_direction import WarmupMixtures, shares_at
+from probe.mix_direction import WarmupMixtures
 from probe.spec import AdamW
 
 
@@ -36,9 +36,3 @@ def test_weights_no_source_reaches_stay():
     moved, still = mixtures.direction([0.5, 0.5])
     torch.testing.assert_close(moved, torch.full((2,), 1.0 + 0.1))  # the gradient's sign, decay
     assert torch.equal(still, torch.zeros(2))
-
-
-def test_the_others_share_what_the_varied_source_leaves():
-    assert shares_at(0.4, [5.0, 1.0, 2.0], 1) == pytest.approx([3 / 7, 0.4, 6 / 35])
-    assert shares_at(0.0, [1.0, 3.0], 0) == [0.0, 1.0]
-    assert shares_at(1.0, [1.0, 3.0, 4.0], 0) == [1.0, 0.0, 0.0]

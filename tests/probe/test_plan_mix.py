@@ -143,3 +143,39 @@ def test_three_sources_keep_nine_moments(scan, mix_spec):
 def test_an_offloaded_base_is_not_counted(scan):
     spec = scan(parallel={"offload_base": True})
     assert memory_bytes_per_rank(spec, SIZE, 1) == 1000 * (1 + 2 + 2 + 5) * FP32
+
+
+def lost(plan):
+    return [note for note in plan.notes if "no whole sequence" in note]
+
+
+def test_an_exact_scan_says_where_a_share_is_no_sequence(scan):
+    # Of 4 sequences a share of 0.1 is 0.4: none. 0.125 is 0.5, and of equal remainders the source
+    # named first takes the sequence, so at 0.875 it takes all four.
+    ratios = [0.0, 0.1, 0.125, 0.5, 0.875, 1.0]
+    plan = make_plan(scan(mixture__gradients="exact", mixture__ratios=ratios))
+    say = "units will fail there; raise it, choose ratios further apart, or use gradients: shared"
+    assert lost(plan) == [
+        f"batches.batch_sequences 4 leaves web no whole sequence at ratio 0.1: {say}",
+        f"batches.batch_sequences 4 leaves gsm8k no whole sequence at ratio 0.875: {say}",
+    ]
+    assert lost(make_plan(scan(mixture__ratios=ratios))) == []  # shared: weights, not counts
+
+
+def test_many_lost_ratios_are_counted(scan):
+    # 4 r < 0.5: nine ratios of web, 0 not among them.
+    grid = {"start": 0.0, "stop": 0.09, "num": 10}
+    (note,) = lost(make_plan(scan(mixture__gradients="exact", mixture__ratios=grid)))
+    assert "leaves web no whole sequence at ratios 0.01, 0.02, 0.03, 0.04, 0.05 and 4 more" in note
+
+
+def test_a_source_beside_the_varied_one_can_be_lost(scan, mix_spec):
+    """Shares 0.5 of web, and 0.5 in proportion 3 to 1: 2, 1.5 and 0.5 of four sequences."""
+    web, gsm8k = mix_spec["mixture"]["sources"]
+    third = {"type": "files", "name": "wiki", "paths": ["wiki.jsonl"]}
+    sources = [web, gsm8k | {"share": 3.0}, third]
+    plan = make_plan(
+        scan(mixture__gradients="exact", mixture__ratios=[0.5], mixture__sources=sources)
+    )
+    (note,) = lost(plan)
+    assert "leaves wiki no whole sequence at ratio 0.5" in note

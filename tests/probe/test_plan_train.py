@@ -92,3 +92,14 @@ def test_a_wrong_key_is_named_with_the_nearest(grid):
         grid(mixture__ratios=[0.5])
     with pytest.raises(SpecError, match="train: is required"):
         parse_spec({k: v for k, v in grid().model_dump(mode="json").items() if k != "train"})
+
+
+def test_a_grid_says_where_a_share_is_no_sequence(grid, mix_spec):
+    """Shares 0.5 of web, and 0.5 in proportion 3 to 1: 2, 1.5 and 0.5 of four sequences."""
+    web, gsm8k = mix_spec["mixture"]["sources"]
+    third = {"type": "files", "name": "wiki", "paths": ["wiki.jsonl"]}
+    plan = make_plan(grid(mixture={"sources": [web, gsm8k | {"share": 3.0}, third]}))
+    assert [note for note in plan.notes if "no whole sequence" in note] == [
+        "batches.batch_sequences 4 leaves wiki no whole sequence at ratio 0.5: units will fail "
+        "there; raise it, or choose ratios further from 0 and 1"
+    ]

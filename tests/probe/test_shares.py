@@ -1,9 +1,15 @@
-"""How many sequences each source gives to a mixed batch."""
+"""Shares follow the ratio; how many sequences each source gives to a mixed batch."""
 
 import pytest
 
-from probe.batches.mixtures import mixed_counts
 from probe.errors import BatchError
+from probe.shares import lost_sources, mixed_counts, rounded_counts, shares_at
+
+
+def test_the_others_share_what_the_varied_source_leaves():
+    assert shares_at(0.4, [5.0, 1.0, 2.0], 1) == pytest.approx([3 / 7, 0.4, 6 / 35])
+    assert shares_at(0.0, [1.0, 3.0], 0) == [0.0, 1.0]
+    assert shares_at(1.0, [1.0, 3.0, 4.0], 0) == [1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -18,9 +24,12 @@ from probe.errors import BatchError
 )
 def test_shares_by_largest_remainder(shares, num_sequences, counts):
     assert mixed_counts(shares, num_sequences) == counts
+    assert lost_sources(shares, num_sequences) == []
 
 
 def test_a_share_that_is_no_sequence_is_refused_with_what_to_do():
+    assert rounded_counts([0.05, 0.95], 8) == [0, 8]  # 0.4 and 7.6
+    assert lost_sources([0.05, 0.95], 8) == [0]
     with pytest.raises(BatchError) as caught:
         mixed_counts([0.05, 0.95], 8)
     assert str(caught.value) == (
