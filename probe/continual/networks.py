@@ -132,7 +132,7 @@ class BatchedMlp:
         self.num_parameters = self.layers[-1].stop
         self._slope: float | Tensor
         if len(set(slopes)) == 1:
-            self._slope = float(slopes[0])  # one kernel instead of two
+            self._slope = float(slopes[0])
         else:
             self._slope = torch.tensor(slopes, device=device).view(-1, 1, 1)
         # (layer, 2, R, units): running mean and variance of batch normalisation, for evaluation.
@@ -230,16 +230,16 @@ class BatchedMlp:
             return torch.relu(torch.cat([z, -z], dim=2))
         if self.shape.activation == "tanh":
             return torch.tanh(z)
-        if isinstance(self._slope, float):
-            return torch.relu(z) if self._slope == 0 else F.leaky_relu(z, self._slope)
+        if isinstance(self._slope, float) and self._slope == 0:
+            return torch.relu(z)
         return torch.maximum(z, self._slope * z)  # slopes are within 0 .. 1
 
     def _normalize(self, z: Tensor, number: int, training: bool, update_running: bool) -> Tensor:
         if self.shape.normalization == "layer":
             return F.layer_norm(z, z.shape[-1:], eps=_NORM_EPS)
         if not training:
-            mean, variance = self.running[number].unsqueeze(2)  # (R, 1, units) each
-            return (z - mean) * torch.rsqrt(variance + _NORM_EPS)
+            running = self.running[number].unsqueeze(2)  # (2, R, 1, units)
+            return (z - running[0]) * torch.rsqrt(running[1] + _NORM_EPS)
         variance, mean = torch.var_mean(z, dim=1, correction=0, keepdim=True)
         if update_running:
             size = z.shape[1]
