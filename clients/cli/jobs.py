@@ -22,6 +22,7 @@ from clients.cli.conventions import (
     stderr_console,
     stdout_console,
 )
+from probe.kinds import KINDS
 
 LabelOption = Annotated[
     list[str] | None,
@@ -111,7 +112,9 @@ def list_jobs(
         Literal["queued", "running", "succeeded", "failed", "cancelled"] | None,
         typer.Option(help="Only jobs in this state."),
     ] = None,
-    kind: Annotated[str | None, typer.Option(help="Only jobs of this kind.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help=f"Only jobs of this kind: {', '.join(KINDS)}.")
+    ] = None,
     labels: LabelOption = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many.")] = 20,
     server: ServerOption = None,

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from pydantic import ValidationError
@@ -25,6 +25,10 @@ from clients.cli.conventions import (
 from probe.unit_results import AnyUnitResult, parse_result
 from server.wire import ResultList
 
+if TYPE_CHECKING:
+    import altair as alt
+
+ChartFormat = Literal["vega", "svg", "png"]
 OutOption = Annotated[
     Path | None, typer.Option("--out", metavar="FILE", help="Write to this file.")
 ]
@@ -34,7 +38,9 @@ def results(
     job_id: JobArgument,
     format: Annotated[
         Literal["table", "json", "csv", "parquet"],
-        typer.Option("--format", help="csv and parquet hold one row per search."),
+        typer.Option(
+            "--format", help="csv and parquet hold one row per search; mix_train: per run and task."
+        ),
     ] = "table",
     out: OutOption = None,
     server: ServerOption = None,
@@ -42,8 +48,9 @@ def results(
 ) -> None:
     """Print what a job has measured so far.
 
-    Of a mix scan: a row per ratio, a column per task, then the sweet spot and the crossings. Ends
-    with 3 where some point has no eta_c.
+    Of a mix scan: a row per ratio, a column per task, then the sweet spot and the crossings. Of a
+    training grid (mix_train): the change of every task's loss and accuracy, a row per run. Ends
+    with 3 where some point has no eta_c, or some run diverged.
     """
     if json_output:
         format = "json"
@@ -154,6 +161,13 @@ def plot(
     source: Annotated[
         str, typer.Argument(metavar="ID|FILE", help="Id of a job, or a results.json.")
     ],
+    scan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID|FILE",
+            help="Over a training grid (mix_train): draw this mix scan of the same checkpoint.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="FILE", help="chart.svg, chart.png or chart.json (Vega)."),
@@ -163,51 +177,79 @@ def plot(
 ) -> None:
     """Draw lambda_c against the training step, with 2/eta; of a mix scan against the ratio.
 
+    Of a training grid (mix_train): heat maps of ratio against learning rate, with --scan the
+    tasks' eta_c and the sweet spot over them.
+
     Without --out: chart.svg in the current directory. With --json: Vega-Lite to stdout.
     """
     if json_output and out is None:
-        sys.stdout.write(_chart(source, "vega", server).decode() + "\n")
+        sys.stdout.write(_chart(source, scan, "vega", server).decode() + "\n")
         return
     out = out or Path("chart.svg")
-    write_file(out, _chart(source, chart_format(out), server))
+    write_file(out, _chart(source, scan, chart_format(out), server))
     if json_output:
         print_json({"file": str(out)})
     else:
         print(out)
 
 
-def chart_format(path: Path) -> Literal["vega", "svg", "png"]:
+def chart_format(path: Path) -> ChartFormat:
     """The format that a file's ending asks for.
 
     Raises:
         InputError: It is none of .svg, .png, .json.
     """
-    formats: dict[str, Literal["vega", "svg", "png"]] = {
-        ".svg": "svg",
-        ".png": "png",
-        ".json": "vega",
-    }
+    formats: dict[str, ChartFormat] = {".svg": "svg", ".png": "png", ".json": "vega"}
     if path.suffix.lower() not in formats:
         raise InputError(f"{path}: a chart is written as .svg, .png or .json")
     return formats[path.suffix.lower()]
 
 
-def _chart(source: str, format: Literal["vega", "svg", "png"], server: str | None) -> bytes:
-    path = Path(source)
-    if path.exists() or path.suffix:  # a job id has no suffix
-        return draw(read_results(path), format)
+def _chart(source: str, scan: str | None, format: ChartFormat, server: str | None) -> bytes:
+    if scan is not None:
+        return _chart_with_scan(source, scan, format, server)
+    if _is_file(source):
+        return draw(read_results(Path(source)), format)
     with connect(server) as client:
         return client.chart(find_job_id(client, source), format)
 
 
-def draw(found: list[AnyUnitResult], format: Literal["vega", "svg", "png"]) -> bytes:
+def _chart_with_scan(source: str, scan: str, format: ChartFormat, server: str | None) -> bytes:
+    from clients.cli.grid_and_scan import grid_and_scan
+
+    runs, units = grid_and_scan(
+        _results_of(source, server), _results_of(scan, server), grid_name=source, scan_name=scan
+    )
+    # Imported here: altair takes a third of a second, which an error does not need.
+    from probe.chart_train import train_chart
+
+    return _drawn(train_chart(runs, scan=units), format)
+
+
+def _results_of(source: str, server: str | None) -> list[AnyUnitResult]:
+    if _is_file(source):
+        return read_results(Path(source))
+    with connect(server) as client:
+        return client.results(find_job_id(client, source)).data
+
+
+def _is_file(source: str) -> bool:
+    path = Path(source)
+    return path.exists() or bool(path.suffix)  # a job id has no suffix
+
+
+def draw(found: list[AnyUnitResult], format: ChartFormat) -> bytes:
     """The chart of results as the bytes of a file; needs no server and no browser."""
-    from probe.chart_style import to_png, to_svg, to_vega
     from probe.reports import result_chart
 
     if not found:
         raise InputError("there are no results to draw yet")
-    chart = result_chart(found)
+    return _drawn(result_chart(found), format)
+
+
+def _drawn(chart: "alt.VConcatChart", format: ChartFormat) -> bytes:
+    from probe.chart_style import to_png, to_svg, to_vega
+
     if format == "png":
         return to_png(chart)
     if format == "svg":
@@ -218,4 +260,10 @@ def draw(found: list[AnyUnitResult], format: Literal["vega", "svg", "png"]) -> b
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     add_command(app, results, "probe results 0f3a --format csv --out results.csv")
-    add_command(app, plot, "probe plot 0f3a --out chart.png", "probe plot results.json")
+    add_command(
+        app,
+        plot,
+        "probe plot 0f3a --out chart.png",
+        "probe plot results.json",
+        "probe plot trained.json --scan scan.json",
+    )
