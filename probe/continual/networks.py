@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-_NORM_EPS = 1e-5
+NORM_EPS = 1e-5  # within the root of a normalisation's variance
 _BATCH_NORM_MOMENTUM = 0.1
 
 
@@ -122,6 +122,9 @@ class BatchedMlp:
         shape: Theirs.
         slopes: (R,) slope of the activation below zero: 0 ReLU, 1 linear; of `sloped` only.
         device: Where everything lives.
+
+    Attributes:
+        slope: One number where all networks share it, else (R, 1, 1).
     """
 
     def __init__(self, shape: NetworkShape, slopes: Sequence[float], device: torch.device) -> None:
@@ -130,11 +133,11 @@ class BatchedMlp:
         self.device = device
         self.num_runs = len(slopes)
         self.num_parameters = self.layers[-1].stop
-        self._slope: float | Tensor
+        self.slope: float | Tensor
         if len(set(slopes)) == 1:
-            self._slope = float(slopes[0])
+            self.slope = float(slopes[0])
         else:
-            self._slope = torch.tensor(slopes, device=device).view(-1, 1, 1)
+            self.slope = torch.tensor(slopes, device=device).view(-1, 1, 1)
         # (layer, 2, R, units): running mean and variance of batch normalisation, for evaluation.
         self.running: list[Tensor] = []
         if shape.normalization == "batch":
@@ -230,23 +233,23 @@ class BatchedMlp:
             return torch.relu(torch.cat([z, -z], dim=2))
         if self.shape.activation == "tanh":
             return torch.tanh(z)
-        if isinstance(self._slope, float) and self._slope == 0:
+        if isinstance(self.slope, float) and self.slope == 0:
             return torch.relu(z)
-        return torch.maximum(z, self._slope * z)  # slopes are within 0 .. 1
+        return torch.maximum(z, self.slope * z)  # slopes are within 0 .. 1
 
     def _normalize(self, z: Tensor, number: int, training: bool, update_running: bool) -> Tensor:
         if self.shape.normalization == "layer":
-            return F.layer_norm(z, z.shape[-1:], eps=_NORM_EPS)
+            return F.layer_norm(z, z.shape[-1:], eps=NORM_EPS)
         if not training:
             running = self.running[number].unsqueeze(2)  # (2, R, 1, units)
-            return (z - running[0]) * torch.rsqrt(running[1] + _NORM_EPS)
+            return (z - running[0]) * torch.rsqrt(running[1] + NORM_EPS)
         variance, mean = torch.var_mean(z, dim=1, correction=0, keepdim=True)
         if update_running:
             size = z.shape[1]
             unbiased = variance * (size / max(1, size - 1))
             seen = torch.stack([mean.squeeze(1), unbiased.squeeze(1)]).detach()
             self.running[number].lerp_(seen, _BATCH_NORM_MOMENTUM)
-        return (z - mean) * torch.rsqrt(variance + _NORM_EPS)
+        return (z - mean) * torch.rsqrt(variance + NORM_EPS)
 
 
 def batch_losses(logits: Tensor, labels: Tensor) -> Tensor:
