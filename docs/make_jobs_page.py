@@ -29,6 +29,19 @@ Written by `make docs` from `probe/spec.py` and the like: change the text there.
 A job is YAML for `probe run` and `probe submit`, JSON for `POST /v1/jobs`, the same fields in both.
 Unknown keys are refused with the nearest valid one. `--set a.b=c` changes one field from the
 command line, `--plan` prints the job with every default filled in.
+
+A file may hold partial jobs beside the whole one, in a section `presets`:
+
+```yaml
+presets:
+  quick:                       # probe run FILE --preset quick
+    measurement: {repeats: 1}
+```
+
+The chosen one is merged into the file before `--set`: mappings key by key, lists and single values
+as a whole. Where it chooses another `type` (or `source`, or an optimizer's `name`) than the file,
+that mapping is replaced as a whole. Without `--preset` the section is dropped. It is no part of the
+job: over HTTP only the merged job is accepted.
 """
 
 

@@ -1,4 +1,4 @@
-"""Read, check, resolve and hash job specs: YAML files, HTTP bodies and `--set a.b=c` (torch-free).
+"""Read, check, resolve and hash job specs: YAML files, presets, HTTP bodies, `--set` (torch-free).
 
 What pydantic reports is turned into messages a person can act on: the dotted field, what was
 found, and for an unknown key the nearest valid one.
@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -21,6 +21,7 @@ from probe.spec import SpecModel
 
 # Discriminator tags that pydantic puts into error locations; they are not keys of the spec.
 _TAGS = frozenset({"local", "hub", "gguf", "adamw", "sgd", "files", "text", "question_answer"})
+_TAGS |= frozenset({"idx", "npz", "packaged", "adam", "l2", "wasserstein"})
 # Tags of `mixture.ratios`, one of whose forms is no model: they never are keys.
 _FORMS = frozenset({"ratio_list", "ratio_grid"})
 # ValueError: what looks like a date and is none, as 2026-13-01.
@@ -55,16 +56,23 @@ class _SpecLoader(yaml.SafeLoader):
 _SpecLoader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
 
 
-def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> JobSpec:
-    """A checked job spec from a YAML (or JSON) file, with `a.b=c` overrides applied on top.
+def load_spec(
+    path: str | Path, overrides: Iterable[str] = (), preset: str | None = None
+) -> JobSpec:
+    """A checked job spec from a YAML (or JSON) file, one of its presets and `a.b=c` on top.
 
     Args:
         path: The file. Relative checkpoint and data paths in it mean the current directory.
-        overrides: `dotted.key=value`; the value is read as YAML, a number indexes a list.
+        overrides: `dotted.key=value`; the value is read as YAML, a number indexes a list. They
+            come after the preset.
+        preset: Name of an entry of the file's `presets`, a partial spec that is merged into the
+            file: mappings key by key, everything else, lists too, as a whole. None: the file as
+            it stands. The section `presets` itself is no part of the spec.
 
     Raises:
-        SpecError: The file is not YAML, or a field is unknown, missing or out of range.
-        ConfigError: The file cannot be read, or an override is not `key=value`.
+        SpecError: A field is unknown, missing or out of range, or `presets` is malformed.
+        ConfigError: The file cannot be read or is not YAML, it has no such preset, or an override
+            is not `key=value`.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -76,6 +84,12 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> JobSpec:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold a mapping with `kind:`, found {type(raw).__name__}")
+    presets = _presets_of(raw)
+    raw.pop("presets", None)
+    if preset is not None:
+        if preset not in presets:
+            raise ConfigError(_no_such_preset(str(path), preset, presets))
+        raw = _merged(KINDS.get(str(raw.get("kind"))), [], raw, presets[preset])
     for override in overrides:
         _apply_override(raw, override)
     return parse_spec(raw)
@@ -91,6 +105,12 @@ def parse_spec(raw: Any) -> JobSpec:
         raise SpecError(
             [{"field": "(spec)", "message": f"must be a mapping, found {type(raw).__name__}"}]
         )
+    if "presets" in raw:
+        message = (
+            "is for job files, where `--preset NAME` merges one of them; send the merged spec "
+            "without this section"
+        )
+        raise SpecError([{"field": "presets", "message": message}])
     kind = raw.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         found = "missing" if kind is None else f"unknown kind {kind!r}"
@@ -187,6 +207,74 @@ def _models_in(annotation: Any) -> set[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return {annotation}
     return {inner for part in get_args(annotation) for inner in _models_in(part)}
+
+
+def _presets_of(raw: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The section `presets` of a file, checked as far as its form goes."""
+    presets = raw.get("presets", {})
+    if not isinstance(presets, dict):
+        message = f"must be a mapping of names to changes, found {type(presets).__name__}"
+        raise SpecError([{"field": "presets", "message": message}])
+    problems = []
+    for name, changes in presets.items():
+        problem = None
+        if not isinstance(name, str):
+            problem = f"the name must be text, found {type(name).__name__}; put it in quotes"
+        elif not isinstance(changes, dict):
+            problem = f"must be a mapping of fields, found {type(changes).__name__}"
+        elif "presets" in changes:
+            problem = "must not hold presets of its own"
+        if problem is not None:
+            problems.append({"field": f"presets.{name}", "message": problem})
+    if problems:
+        raise SpecError(problems)
+    return presets
+
+
+def _no_such_preset(path: str, preset: str, presets: Iterable[str]) -> str:
+    names = sorted(presets)
+    there = f"choose from: {', '.join(names)}" if names else "the file has none"
+    return f"{path} has no preset {preset!r}{_nearest(preset, names)}; {there}"
+
+
+def _merged(
+    model: type[BaseModel] | None, path: list[str | int], base: dict[str, Any], changes: Any
+) -> dict[str, Any]:
+    """`base` with `changes` merged in by presence, in new mappings.
+
+    Where one of several models may stand (data of a type, an optimizer of a name) and `changes`
+    choose another one than `base` has, they replace it whole: its fields mean other things there.
+
+    Args:
+        model: Of the whole spec; None where the kind is unknown.
+        path: Keys that lead to `base`.
+        base: A mapping of the file.
+        changes: What the preset puts in its place.
+    """
+    if model is not None:
+        tag = _tag_of(_models_at(model, path))
+        if tag in changes and tag in base and changes[tag] != base[tag]:
+            return dict(changes)
+    merged = dict(base)
+    for key, value in changes.items():
+        below = merged.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            value = _merged(model, [*path, key], below, value)
+        merged[key] = value
+    return merged
+
+
+def _tag_of(models: set[type[BaseModel]]) -> str | None:
+    """The field whose value tells these models apart; None: no such field, or one model."""
+    if len(models) < 2:
+        return None
+    shared = set.intersection(*({*m.model_fields} for m in models))
+    tags = {
+        name
+        for name in shared
+        if all(get_origin(m.model_fields[name].annotation) is Literal for m in models)
+    }
+    return min(tags, default=None)
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

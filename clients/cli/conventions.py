@@ -53,6 +53,15 @@ SetOption = Annotated[
         help="Override a field of the file: measurement.repeats=3. Repeatable.",
     ),
 ]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="Merge this entry of the file's `presets` into it; --set comes after.",
+        show_default=False,
+    ),
+]
 JobArgument = Annotated[
     str, typer.Argument(metavar="ID", help="Id of the job, or its last characters.")
 ]

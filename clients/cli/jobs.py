@@ -12,6 +12,7 @@ from clients.cli.conventions import (
     InputError,
     JobArgument,
     JsonOption,
+    PresetOption,
     ServerOption,
     SetOption,
     add_command,
@@ -33,6 +34,7 @@ LabelOption = Annotated[
 def submit(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Job file, YAML or JSON.")],
     watch: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
+    preset: PresetOption = None,
     overrides: SetOption = None,
     labels: LabelOption = None,
     idempotency_key: Annotated[
@@ -48,7 +50,7 @@ def submit(
     from clients.cli.watch import follow_and_exit
     from probe.spec_load import load_spec, parse_spec, resolved
 
-    spec = resolved(load_spec(file, overrides or []))
+    spec = resolved(load_spec(file, overrides or [], preset))
     spec["labels"] = spec["labels"] | parse_labels(labels)
     absolute = resolved(parse_spec(absolute_paths(spec, Path.cwd())))
     with connect(server) as client:

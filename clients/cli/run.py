@@ -17,6 +17,7 @@ from clients.cli.children import start_child, stop_children
 from clients.cli.conventions import (
     CommandError,
     JsonOption,
+    PresetOption,
     SetOption,
     add_command,
     exit_code_for,
@@ -44,6 +45,7 @@ _LOG_LINES = 20  # of the child's own output, shown when it ends badly
 
 def run(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Job file, YAML or JSON.")],
+    preset: PresetOption = None,
     overrides: SetOption = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Only print the resolved job and its expected passes.")
@@ -69,7 +71,7 @@ def run(
     for path in (out, chart):
         if path is not None:
             check_writable(path)
-    planned = make_plan(load_spec(file, overrides or []))
+    planned = make_plan(load_spec(file, overrides or [], preset))
     if plan:
         _print_plan(planned, json_output)
         return

@@ -181,3 +181,11 @@ def test_a_database_that_is_away_is_503_without_its_address(client, store, monke
         assert answer.headers["retry-after"]
         assert "hunter2" not in answer.text
     assert client.get("/healthz").status_code == 200
+
+
+def test_presets_are_for_files_and_refused_over_http(client, spec):
+    answer = client.post("/v1/jobs", json={**spec, "presets": {"quick": {}}})
+    assert_problem(answer, 422, "config_error")
+    (problem,) = answer.json()["errors"]
+    assert problem["field"] == "presets"
+    assert "for job files" in problem["message"]
