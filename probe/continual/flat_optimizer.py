@@ -58,7 +58,7 @@ class FlatOptimizer:
             parameters: (R, P).
             gradient: (R, P), regularisers included.
 
-        Cost: 10 passes over (R, P) for Adam, 2 for SGD.
+        Cost: 8 passes over (R, P) for Adam, 2 for SGD.
         """
         self.num_steps += 1
         if not isinstance(self.options, Adam):
@@ -70,11 +70,12 @@ class FlatOptimizer:
         correction2 = (1 - beta2**steps).sqrt()
         self.exp_avg.lerp_(gradient, 1 - beta1)
         self.exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        # (m / c1) / (sqrt(v) / c2 + eps) = (c2 / c1) m / (sqrt(v) + c2 eps), a pass less.
         denominator = torch.sqrt(self.exp_avg_sq, out=self._buffer)
-        denominator.mul_((1 / correction2).float()).add_(self.options.eps)
+        denominator.add_((correction2 * self.options.eps).float())
         update = torch.div(self.exp_avg, denominator, out=self._buffer)
         update.mul_(self._rate_of_parameter)
-        parameters.addcmul_(update, (1 / correction1).float(), value=-1)
+        parameters.addcmul_(update, (correction2 / correction1).float(), value=-1)
 
     def state(self) -> dict[str, Tensor]:
         """Everything a later run needs to go on."""

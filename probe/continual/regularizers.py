@@ -19,6 +19,9 @@ Kind = TypeVar("Kind", L2, Wasserstein)
 class Term(Protocol):
     """One regulariser of all networks."""
 
+    def start_from(self, initial: Tensor) -> None:
+        """Take (R, P) as the initial parameters."""
+
     def add_gradient(self, gradient: Tensor, parameters: Tensor) -> None:
         """Add the term's gradient to (R, P) in place."""
 
@@ -32,6 +35,9 @@ class L2Term:
 
     def __init__(self, strengths: Tensor) -> None:
         self._strengths = strengths
+
+    def start_from(self, initial: Tensor) -> None:
+        """Nothing: the term knows no initial values."""
 
     def add_gradient(self, gradient: Tensor, parameters: Tensor) -> None:
         """Add strength * theta. Cost: one pass over (R, P)."""
@@ -94,13 +100,11 @@ def terms_of(
     if any(distance):
         strengths = [0.0 if found is None else found.strength for found in distance]
         is_mean = [found is None or found.reduction == "mean" for found in distance]
-        term = WassersteinTerm(
-            torch.tensor(strengths, device=device).unsqueeze(1),
-            torch.tensor(is_mean, device=device).unsqueeze(1),
-            places,
-        )
+        column = torch.tensor(strengths, device=device).unsqueeze(1)
+        means = torch.tensor(is_mean, device=device).unsqueeze(1)
+        terms.append(WassersteinTerm(column, means, places))
+    for term in terms:
         term.start_from(initial)
-        terms.append(term)
     return terms
 
 
