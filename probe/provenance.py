@@ -11,7 +11,7 @@ import torch
 import probe
 
 _PACKAGES = (
-    *("torch", "transformers", "tokenizers", "safetensors", "datasets"),
+    *("torch", "numpy", "transformers", "tokenizers", "safetensors", "datasets"),
     *("flash-attn", "deepspeed"),
 )
 
