@@ -175,8 +175,8 @@ class BatchedMlp:
 
     def reset_running(self, is_reset: Tensor) -> None:
         """Forget the running statistics of the networks where `is_reset` (R,) is true."""
-        for running, units in zip(self.running, self.shape.hidden, strict=True):
-            running[:, is_reset] = self._fresh_running(units)[:, is_reset]
+        for running in self.running:
+            running[:, is_reset] = self._fresh_running(running.shape[-1])[:, is_reset]
 
     def leaves(self, parameters: Tensor) -> list[Tensor]:
         """Every tensor of every layer, (R, *shape), as leaves that share the parameters' memory."""
