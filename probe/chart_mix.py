@@ -13,6 +13,7 @@ import altair as alt
 from probe.chart_style import (
     INK,
     NOT_XML,
+    PALETTE,
     SHAPES,
     WIDTH,
     Rows,
@@ -29,17 +30,6 @@ from probe.result_mix import MixPoint, MixScan, MixUnitResult
 _HEIGHT = 320
 _MAX_TICKS = 21
 _LINE = 15  # pixels between the marks of one task and the next, below the curves
-# Okabe and Ito's colours and three more: told apart also by colour-blind readers.
-_COLORS = {
-    "light": (
-        *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#56B4E9"),
-        *("#5B3A9E", "#7A7A7A"),
-    ),
-    "dark": (
-        *("#56B4E9", "#F0A030", "#3DD3A8", "#E9A3CB", "#F0E442", "#9CC9F0"),
-        *("#B49AF0", "#B5B5B5"),
-    ),
-}
 
 
 def mix_chart(results: Sequence[MixUnitResult], theme: Theme = "light") -> alt.VConcatChart:
@@ -145,7 +135,7 @@ def _domain(means: Rows, *, num_lines: int) -> list[float]:
 
 def _color(tasks: list[str], theme: Theme) -> alt.Color:
     names = [_clean(task) for task in tasks]
-    palette = _COLORS[theme]
+    palette = PALETTE[theme]
     hues = [palette[index % len(palette)] for index in range(len(names))]
     legend = alt.Legend(title="loss of:", orient="top", direction="horizontal", labelLimit=200)
     return alt.Color("task:N", scale=alt.Scale(domain=names, range=hues), legend=legend)

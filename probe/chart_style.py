@@ -18,6 +18,17 @@ Rows = list[dict[str, Any]]
 
 WIDTH = 640
 INK = {"light": ("#1B1F24", "#FFFFFF", "#E3E6EA"), "dark": ("#E6E8EB", "#14171C", "#30363D")}
+# Okabe and Ito's colours and three more: told apart also by colour-blind readers.
+PALETTE = {
+    "light": (
+        *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#56B4E9"),
+        *("#5B3A9E", "#7A7A7A"),
+    ),
+    "dark": (
+        *("#56B4E9", "#F0A030", "#3DD3A8", "#E9A3CB", "#F0E442", "#9CC9F0"),
+        *("#B49AF0", "#B5B5B5"),
+    ),
+}
 SHAPES = {
     SearchOutcome.NO_CROSSING: "triangle-up",
     SearchOutcome.NOT_A_DESCENT_DIRECTION: "cross",

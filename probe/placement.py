@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from probe.errors import ConfigError
 from probe.gpus import gpu_memory_bytes
-from probe.kinds import JobSpec
+from probe.kinds import CheckpointJobSpec
 from probe.model_size import ModelSize
 from probe.result import Backend
 from probe.spec import AdamW, CheckpointSeriesSpec, ParallelOptions
@@ -58,13 +58,15 @@ def fixed_num_ranks(parallel: ParallelOptions) -> int | None:
     return 1 if parallel.backend == "single" else parallel.ranks
 
 
-def place(spec: JobSpec, size: ModelSize | None) -> Placement:
+def place(spec: CheckpointJobSpec, size: ModelSize | None) -> Placement:
     """Where a job runs when this machine measures it; `choose_placement` with its GPUs."""
     gpus = gpu_memory_bytes() if spec.model.device != "cpu" else []
     return choose_placement(spec, size, gpus)
 
 
-def choose_placement(spec: JobSpec, size: ModelSize | None, gpus: Sequence[int]) -> Placement:
+def choose_placement(
+    spec: CheckpointJobSpec, size: ModelSize | None, gpus: Sequence[int]
+) -> Placement:
     """As many ranks as the spec says, else the fewest GPUs that hold the model.
 
     Args:
@@ -95,7 +97,7 @@ def choose_placement(spec: JobSpec, size: ModelSize | None, gpus: Sequence[int])
     return Placement(backend_for(spec.parallel, num_ranks), num_ranks, memory, tuple(notes))
 
 
-def _fewest(spec: JobSpec, size: ModelSize | None, gpus: Sequence[int]) -> int:
+def _fewest(spec: CheckpointJobSpec, size: ModelSize | None, gpus: Sequence[int]) -> int:
     if size is None or not gpus:
         return 1
     room = _ROOM * min(gpus)
@@ -103,7 +105,7 @@ def _fewest(spec: JobSpec, size: ModelSize | None, gpus: Sequence[int]) -> int:
     return next(fitting, len(gpus))
 
 
-def memory_bytes_per_rank(spec: JobSpec, size: ModelSize, num_ranks: int) -> int:
+def memory_bytes_per_rank(spec: CheckpointJobSpec, size: ModelSize, num_ranks: int) -> int:
     """Weights and buffers of one rank at the peak, activations left out.
 
     Live weights (in the forward dtype; FSDP2 keeps fp32), the fp32 base (in host memory where a
@@ -120,7 +122,7 @@ def memory_bytes_per_rank(spec: JobSpec, size: ModelSize, num_ranks: int) -> int
     return share if backend == "single" else share + size.largest_group * forward
 
 
-def _kept_bytes(spec: JobSpec, live: int) -> int:
+def _kept_bytes(spec: CheckpointJobSpec, live: int) -> int:
     """Per parameter, what the kind of job keeps beside live weights of `live` bytes and base."""
     if isinstance(spec, MixScanSpec):
         return _mix_bytes(spec)

@@ -5,6 +5,7 @@ measures the same checkpoints even if the directory has changed since.
 """
 
 from probe.kinds import JobSpec
+from probe.plan_continual import expand_continual_units, make_continual_plan
 from probe.plan_mix import expand_mix_units, make_mix_plan
 from probe.plan_parts import TYPICAL_PASSES, assemble, moment_notes, unit_id, warm_up_passes
 from probe.plan_train import expand_train_units, make_train_plan
@@ -12,6 +13,7 @@ from probe.result import Plan, Unit
 from probe.schedule import run_learning_rate
 from probe.series import list_checkpoints
 from probe.spec import CheckpointSeriesSpec
+from probe.spec_continual import ContinualLearningSpec
 from probe.spec_mix import MixScanSpec
 from probe.spec_train import MixTrainSpec
 
@@ -20,7 +22,7 @@ def expand_units(spec: JobSpec) -> list[Unit]:
     """The units of a job in the order they are measured: one checkpoint each.
 
     With exact gradients a mix scan's unit is one ratio of one checkpoint; a training grid's is one
-    ratio and learning rate.
+    ratio and learning rate; continual learning's is a stretch of tasks of a group of runs.
 
     Raises:
         CheckpointError: No checkpoint matches, or a series holds one without a step.
@@ -30,6 +32,8 @@ def expand_units(spec: JobSpec) -> list[Unit]:
         return expand_mix_units(spec)
     if isinstance(spec, MixTrainSpec):
         return expand_train_units(spec)
+    if isinstance(spec, ContinualLearningSpec):
+        return expand_continual_units(spec)
     units = []
     for index, checkpoint in enumerate(list_checkpoints(spec.checkpoints)):
         rate, source = run_learning_rate(spec.schedule, checkpoint)
@@ -55,6 +59,8 @@ def make_plan(spec: JobSpec) -> Plan:
         return make_mix_plan(spec)
     if isinstance(spec, MixTrainSpec):
         return make_train_plan(spec)
+    if isinstance(spec, ContinualLearningSpec):
+        return make_continual_plan(spec)
     units = expand_units(spec)
     options = spec.measurement
     loss_batches = 2 if options.loss_batch == "both" else 1

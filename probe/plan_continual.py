@@ -3,7 +3,7 @@
 Torch-free.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice, pairwise, product
 
 from probe.errors import BatchError, ConfigError
@@ -70,6 +70,14 @@ def expand_continual_units(spec: ContinualLearningSpec) -> list[Unit]:
                 )
             )
     return units
+
+
+def unit_costs(spec: ContinualLearningSpec, units: Iterable[Unit]) -> list[int]:
+    """What each unit costs beside the others: runs x tasks x epochs, in proportion to its steps."""
+    return [
+        len(unit.runs) * (unit.num_tasks or 0) * _epochs(spec, unit.runs[0]) if unit.runs else 0
+        for unit in units
+    ]
 
 
 def make_continual_plan(spec: ContinualLearningSpec) -> Plan:

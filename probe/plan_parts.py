@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from probe.kinds import JobSpec, data_sources
+from probe.kinds import CheckpointJobSpec, data_sources
 from probe.model_size import ModelSize, model_size
 from probe.placement import place
 from probe.result import CheckpointRef, Plan, Unit
@@ -24,7 +24,7 @@ _MAX_LISTED = 5
 
 
 def assemble(
-    spec: JobSpec,
+    spec: CheckpointJobSpec,
     units: list[Unit],
     *,
     num_forward_passes: int,
@@ -163,6 +163,11 @@ def _listed_ratios(ratios: Sequence[float]) -> str:
 def file_notes(sources: Iterable[DataSource]) -> list[str]:
     """Data files that are not here. Globs are left to the run: they can be slow to follow."""
     named = [path for s in sources if isinstance(s, FileData) for path in s.paths]
-    plain = [path for path in dict.fromkeys(named) if not glob.has_magic(path)]
+    return missing_file_notes(path for path in named if not glob.has_magic(path))
+
+
+def missing_file_notes(paths: Iterable[str]) -> list[str]:
+    """Data files, named without globs, that are not here."""
+    plain = dict.fromkeys(paths)
     missing = [path for path in plain if not Path(path).expanduser().is_file()]
     return [f"data file {path!r} is not on this machine: units will fail" for path in missing]

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from probe.errors import ConfigError, ProbeError
+from probe.kinds import JobSpec
 from probe.parallel.join import (
     has_joined,
     join_ranks,
@@ -40,10 +41,12 @@ from probe.plan import expand_units
 from probe.prefetch import Prefetcher
 from probe.result import Unit
 from probe.spec import AdamW
+from probe.spec_continual import ContinualLearningSpec
 from probe.spec_load import load_spec, parse_spec
 from probe.unit_results import next_eta_init, parse_result
 
 if TYPE_CHECKING:
+    from probe.continual.session import ContinualSession
     from probe.engine import Session
     from probe.mix_engine import MixSession
     from probe.mix_train import MixTrainSession
@@ -101,7 +104,7 @@ class Measurer:
     def __init__(self, send: Send, *, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> None:
         self._send = send
         self._collective_timeout_s = collective_timeout_s
-        self._session: Session | MixSession | MixTrainSession | None = None
+        self._session: Session | MixSession | MixTrainSession | ContinualSession | None = None
         self._prefetcher: Prefetcher | None = None  # one on every machine
 
     def start_job(self, raw: Any) -> bool:
@@ -111,17 +114,24 @@ class Measurer:
             from probe.sessions import open_session
 
             spec = parse_spec(raw)
-            backend = backend_for(spec.parallel, world_size())
-            join_ranks(backend, spec.model.device, self._collective_timeout_s)
+            self._meet(spec)
             self._session = open_session(spec)
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                optimizer = spec.optimizer
-                wanted = isinstance(optimizer, AdamW) and optimizer.moments != "warmup"
-                self._prefetcher = Prefetcher(wants_moments=wanted)
+            self._prefetcher = _prefetcher_for(spec)
         except Exception as error:
             self._send(error_event(error, None))
             return False
         return True
+
+    def _meet(self, spec: JobSpec) -> None:
+        """Find the other ranks, where the kind of job knows any."""
+        if not isinstance(spec, ContinualLearningSpec):
+            backend = backend_for(spec.parallel, world_size())
+            join_ranks(backend, spec.model.device, self._collective_timeout_s)
+        elif world_size() > 1:
+            raise ConfigError(
+                f"a continual_learning job runs in one process, but {world_size()} were started. "
+                "Start it as `python -m probe.rank --spec FILE`."
+            )
 
     def measure(
         self, raw: Any, eta_init: dict[str, float] | None, upcoming: Any = None
@@ -155,6 +165,15 @@ class Measurer:
         event = {"type": "result", "unit_id": unit_id, "result": result.model_dump(mode="json")}
         self._send(event)
         return event
+
+
+def _prefetcher_for(spec: JobSpec) -> Prefetcher | None:
+    """What fetches the next unit's checkpoint: on one rank per machine, where there is any."""
+    if isinstance(spec, ContinualLearningSpec) or os.environ.get("LOCAL_RANK", "0") != "0":
+        return None
+    optimizer = spec.optimizer
+    wanted = isinstance(optimizer, AdamW) and optimizer.moments != "warmup"
+    return Prefetcher(wants_moments=wanted)
 
 
 def ready_event() -> dict[str, Any]:

@@ -232,7 +232,9 @@ class Plan(ResultModel):
     num_forward_passes: int = Field(description="Expected in all, for the chosen search.")
     max_forward_passes: int = Field(description="Upper limit in all.")
     num_backward_passes: int
-    num_tokens_per_pass: int
+    num_tokens_per_pass: int = Field(
+        description="Of the largest batch; 0 of continual_learning, whose batches are of images."
+    )
     num_parameters: int | None = Field(None, description="None where no config is at hand.")
     backend: Backend = Field("single", description="As this machine would run it.")
     num_ranks: int = Field(

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Tag, TypeAdapter
 
 from probe.result import UnitResult, eta_init_hint
+from probe.result_continual import ContinualUnitResult
 from probe.result_mix import MixUnitResult, mix_eta_init_hint
 from probe.result_train import MixTrainUnitResult
 
@@ -19,13 +20,15 @@ def _kind_of(value: Any) -> str | None:
 AnyUnitResult = Annotated[
     Annotated[UnitResult, Tag("checkpoint_series")]
     | Annotated[MixUnitResult, Tag("mix_scan")]
-    | Annotated[MixTrainUnitResult, Tag("mix_train")],
+    | Annotated[MixTrainUnitResult, Tag("mix_train")]
+    | Annotated[ContinualUnitResult, Tag("continual_learning")],
     Discriminator(_kind_of),
 ]
-_ADAPTER: TypeAdapter[UnitResult | MixUnitResult | MixTrainUnitResult] = TypeAdapter(AnyUnitResult)
+_Parsed = UnitResult | MixUnitResult | MixTrainUnitResult | ContinualUnitResult
+_ADAPTER: TypeAdapter[_Parsed] = TypeAdapter(AnyUnitResult)
 
 
-def parse_result(raw: Any) -> UnitResult | MixUnitResult | MixTrainUnitResult:
+def parse_result(raw: Any) -> _Parsed:
     """A unit's result from plain values, by its `kind`; without one, a checkpoint series'.
 
     Raises:
@@ -37,13 +40,14 @@ def parse_result(raw: Any) -> UnitResult | MixUnitResult | MixTrainUnitResult:
 def next_eta_init(result: AnyUnitResult) -> dict[str, float] | None:
     """First guesses for the unit after this one, per loss batch or per task; None: no answer.
 
-    Empty after a run of a training grid: nothing is searched, so no earlier unit need be asked.
+    Empty where nothing is searched (a training grid, continual learning), so that no earlier unit
+    need be asked.
 
     Taken from the recorded result and from nothing else, so that a resumed job gives the same
     numbers as one that was never interrupted.
     """
     if isinstance(result, MixUnitResult):
         return mix_eta_init_hint(result)
-    if isinstance(result, MixTrainUnitResult):
+    if isinstance(result, MixTrainUnitResult | ContinualUnitResult):
         return {}
     return eta_init_hint(result)

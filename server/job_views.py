@@ -5,7 +5,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from probe.continual_summary import summarise_stretch
 from probe.mix_summary import summarise_unit
+from probe.result_continual import ContinualUnitResult
 from probe.result_mix import MixUnitResult
 from probe.result_train import MixTrainUnitResult
 from probe.train_summary import summarise_run
@@ -46,7 +48,7 @@ def finished_data(result: AnyUnitResult) -> dict[str, Any]:
         "kind": result.kind,
         "unit_id": result.unit.unit_id,
         "index": result.unit.index,
-        "step": result.unit.checkpoint_ref.step,
+        "step": None if result.unit.checkpoint is None else result.unit.checkpoint.step,
         "num_forward_passes": result.num_forward_passes,
         "duration_s": result.duration_s,
     }
@@ -54,6 +56,8 @@ def finished_data(result: AnyUnitResult) -> dict[str, Any]:
         return common | {"scan": summarise_unit(result).model_dump(mode="json")}
     if isinstance(result, MixTrainUnitResult):
         return common | {"run": summarise_run(result).model_dump(mode="json")}
+    if isinstance(result, ContinualUnitResult):
+        return common | {"stretch": summarise_stretch(result).model_dump(mode="json")}
     return common | {
         "stability_threshold": result.stability_threshold,
         "summaries": [summary.model_dump(mode="json") for summary in result.summaries],

@@ -6,8 +6,11 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from probe.continual_summary import summarise_continual
 from probe.mix_summary import summarise_scans
 from probe.result import CheckpointRef
+from probe.result_continual import ContinualUnitResult
+from probe.result_curves import ContinualSummary
 from probe.result_mix import MixScan, MixUnitResult
 from probe.result_train import MixTrainUnitResult, TrainTable
 from probe.train_summary import summarise_training
@@ -74,7 +77,7 @@ class JobView(_Wire):
     num_units: int
     num_units_finished: int
     num_units_without_answer: int = Field(
-        description="Finished units in which some measurement has no eta_c."
+        description="Finished units in which some measurement has no eta_c, or some run diverged."
     )
     num_forward_passes: int = Field(description="Spent so far by finished units.")
     expected_forward_passes: int = Field(description="Of the whole job, from its plan.")
@@ -108,13 +111,26 @@ class ResultList(_Wire):
         description="What a training grid's runs come to, per checkpoint: every task's change, and "
         "up to which learning rate it was unharmed. Empty for other kinds.",
     )
+    continual: ContinualSummary | None = Field(
+        None,
+        description="What the runs of continual learning come to: accuracy over tasks and seeds "
+        "per method and control, and how well each bound predicts it. None for other kinds.",
+    )
 
     @classmethod
     def of(cls, job_id: str, status: JobStatus, results: Sequence[AnyUnitResult]) -> Self:
         """The list of these results, with what they come to."""
         scans = summarise_scans(r for r in results if isinstance(r, MixUnitResult))
         runs = summarise_training(r for r in results if isinstance(r, MixTrainUnitResult))
-        return cls(job_id=job_id, status=status, data=list(results), scans=scans, trainings=runs)
+        learned = [r for r in results if isinstance(r, ContinualUnitResult)]
+        return cls(
+            job_id=job_id,
+            status=status,
+            data=list(results),
+            scans=scans,
+            trainings=runs,
+            continual=summarise_continual(learned),
+        )
 
 
 class Event(_Wire):
@@ -125,9 +141,10 @@ class Event(_Wire):
     at: dt.datetime
     data: dict[str, Any] = Field(
         description="unit.*: unit_id, index. unit.progress also: phase (load, moments, gradient, "
-        "search, train, score), done, total, num_forward_passes. unit.finished: summary rows, or "
-        "`scan` for a mix scan, `run` for a training grid. unit.retrying, job.failed: code, "
-        "message."
+        "search, train, score), done, total, num_forward_passes; of continual learning done and "
+        "total are the unit's gradient steps. unit.finished: summary rows, or `scan` for a mix "
+        "scan, `run` for a training grid, `stretch` for continual learning. unit.retrying, "
+        "job.failed: code, message."
     )
 
 

@@ -7,8 +7,18 @@ from typing import Any
 import pytest
 
 from probe.line_search import SearchOutcome
-from probe.result import CheckpointRef, Measurement, Provenance, Summary, Unit, UnitResult
+from probe.plan_continual import expand_continual_units
+from probe.result import CheckpointRef, Measurement, Provenance, RunRef, Summary, Unit, UnitResult
+from probe.result_continual import (
+    LAYER_SIGNALS,
+    RUN_SIGNALS,
+    ContinualUnitResult,
+    RunRecord,
+    RunTask,
+    Windows,
+)
 from probe.result_mix import MixMeasurement, MixUnitResult
+from probe.spec_continual import ContinualLearningSpec
 from probe.spec_load import parse_spec, resolved, spec_sha256
 
 MakeUnitResult = Callable[..., UnitResult]
@@ -261,4 +271,135 @@ def _mix_measurement(repeat: int, ratio: float, task: str, value: float | str) -
         update_batch_sha256=["a" * 64, "b" * 64],
         loss_batch_sha256="c" * 64,
         duration_s=0.1,
+    )
+
+
+@pytest.fixture
+def continual_spec() -> dict[str, Any]:
+    """A small, complete `continual_learning` spec: 2 x 2 x 2 runs of one shape, 5 tasks."""
+    return {
+        "kind": "continual_learning",
+        "name": "demo stream",
+        "labels": {"project": "demo"},
+        "stream": {
+            "type": "random_labels",
+            "data": {"type": "packaged", "name": "digits"},
+            "num_images": 100,
+            "num_tasks": 5,
+            "epochs": 3,
+            "batch_size": 32,
+        },
+        "model": {"hidden": [8, 4]},
+        "methods": [
+            {"name": "L2", "regularizers": [{"type": "l2", "strength": 1e-3}]},
+            {"name": "leaky", "activation": "leaky_relu", "leak": 0.1},
+        ],
+        "controls": [{"name": "vanilla"}, {"name": "scheduler", "scheduler": {}}],
+        "seeds": [0, 1],
+        "tasks_per_unit": 2,
+    }
+
+
+# Accuracy of a task, None: it diverged; and the share of violations of each bound.
+Accuracy = Callable[[RunRef, int], float | None]
+Shares = Callable[[RunRef, int], dict[str, float] | None]
+
+
+def _known_accuracy(run: RunRef, task: int) -> float:
+    """L2 falls by 0.1 a task, leaky rises by 0.05; the scheduler adds 0.2, the seed 0.02."""
+    start = 0.7 - 0.1 * task if run.method == "L2" else 0.2 + 0.05 * task
+    return start + (0.2 if run.control == "scheduler" else 0.0) + 0.02 * run.seed
+
+
+def _known_shares(run: RunRef, task: int) -> dict[str, float]:
+    """The combined bound is right about L2 and wrong about leaky; the curvature's says nothing."""
+    combined = 0.1 * task
+    return {"gradient": combined**2, "curvature": 0.5, "combined": combined}
+
+
+@pytest.fixture
+def make_continual_results(
+    continual_spec: dict[str, Any],
+) -> Callable[..., list[ContinualUnitResult]]:
+    """Builds a result per unit of a spec, from accuracies and shares by run and task."""
+
+    def make(
+        accuracy: Accuracy = _known_accuracy,
+        shares: Shares = _known_shares,
+        spec: dict[str, Any] | None = None,
+    ) -> list[ContinualUnitResult]:
+        job = parse_spec(continual_spec if spec is None else spec)
+        assert isinstance(job, ContinualLearningSpec)
+        return [
+            _continual_result(job, unit, accuracy, shares) for unit in expand_continual_units(job)
+        ]
+
+    return make
+
+
+def _continual_result(
+    job: ContinualLearningSpec, unit: Unit, accuracy: Accuracy, shares: Shares
+) -> ContinualUnitResult:
+    assert unit.runs and unit.num_tasks and unit.first_task is not None  # noqa: PT018
+    layers = [*(f"fc{number + 1}" for number in range(len(job.model.hidden) + 1)), "network"]
+    steps = job.epochs_of(job.control(unit.runs[0].control)) * 4  # 100 images in batches of 32
+    tasks = range(unit.first_task, unit.first_task + unit.num_tasks)
+    return ContinualUnitResult(
+        unit=unit,
+        spec=resolved(job),
+        layer_names=layers,
+        runs=[
+            RunRecord(
+                run=run,
+                tasks=[
+                    _run_task(task, steps, layers, accuracy(run, task), shares(run, task))
+                    for task in tasks
+                ],
+            )
+            for run in unit.runs
+        ],
+        num_steps_per_task=steps,
+        resumed_at_task=None,
+        num_forward_passes=len(unit.runs) * unit.num_tasks,
+        num_backward_passes=len(unit.runs) * unit.num_tasks * steps,
+        duration_s=2.0,
+        memory_bytes=1 << 20,
+        provenance=_provenance(spec_sha256(job)),
+    )
+
+
+def _run_task(
+    task: int,
+    steps: int,
+    layers: list[str],
+    accuracy: float | None,
+    shares: dict[Any, float] | None,
+) -> RunTask:
+    """Two windows. A signal is 1 + its place among the signals + 10 x layer + 100 x window."""
+    is_finite = accuracy is not None
+    ends = [steps // 2, steps]
+    return RunTask(
+        task=task,
+        outcome="finished" if is_finite else "diverged",
+        accuracy=accuracy,
+        accuracy_end=accuracy,
+        loss=2.0 - accuracy if accuracy is not None else None,
+        loss_end=2.0 - accuracy if accuracy is not None else None,
+        violation_share=shares if is_finite else None,
+        windows=Windows(
+            last_step=ends if is_finite else [],
+            runs={
+                name: [0.01 * place, 0.01 * place + 0.001] if is_finite else []
+                for place, name in enumerate(RUN_SIGNALS)
+            },
+            layers={
+                name: [
+                    [1.0 + place + 10 * layer + 100 * window for window in range(2)]
+                    for layer in range(len(layers))
+                ]
+                if is_finite
+                else []
+                for place, name in enumerate(LAYER_SIGNALS)
+            },
+        ),
     )

@@ -234,5 +234,5 @@ def say(message: str) -> None:
 
 
 def exit_code_for(results: Iterable[AnyUnitResult]) -> int:
-    """0 where every measurement has its eta_c, else 3."""
+    """0 where every measurement has its eta_c and no run diverged, else 3."""
     return MEASURED if all(r.has_every_answer for r in results) else WITHOUT_ANSWER

@@ -83,6 +83,8 @@ def absolute_paths(spec: dict[str, Any], base: Path) -> dict[str, Any]:
 
     A tokenizer is a path only where it exists as one; else it is a hub id and left alone.
     """
+    if spec["kind"] == "continual_learning":
+        return spec | {"stream": spec["stream"] | {"data": _absolute_images(spec, base)}}
     checkpoints = dict(spec["checkpoints"])
     if checkpoints["source"] in ("local", "gguf"):
         checkpoints["path"] = _absolute(checkpoints["path"], base)
@@ -92,6 +94,12 @@ def absolute_paths(spec: dict[str, Any], base: Path) -> dict[str, Any]:
     data = {name: spec[name] for name in ("batches", "mixture", "eval_tasks") if name in spec}
     with_files: dict[str, Any] = _absolute_files(data, base)
     return spec | {"checkpoints": checkpoints, "model": model} | with_files
+
+
+def _absolute_images(spec: dict[str, Any], base: Path) -> dict[str, Any]:
+    found: dict[str, Any] = spec["stream"]["data"]
+    fields = {"idx": ("images", "labels"), "npz": ("path",)}.get(found["type"], ())
+    return found | {field: _absolute(found[field], base) for field in fields}
 
 
 def _absolute_files(part: Any, base: Path) -> Any:

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from clients.cli.continual_tables import continual_report
 from clients.cli.tables import number, plain_table, results_table, spread
 from clients.cli.train_tables import training_report
 from probe.mix_summary import summarise_scans
@@ -20,7 +21,7 @@ from probe.mix_text import (
     sweet_spot_sentence,
     tasks_of,
 )
-from probe.reports import mix_results, series_results, train_results
+from probe.reports import continual_results, mix_results, series_results, train_results
 from probe.result_mix import MixPoint, MixScan, MixUnitSummary
 from probe.unit_results import AnyUnitResult
 
@@ -36,6 +37,9 @@ def report(results: Sequence[AnyUnitResult], *, width: int) -> RenderableType:
         width: Columns of the terminal: a scan of many tasks is cut into tables side by side in
             meaning, one below the other on the screen.
     """
+    learned = continual_results(results)
+    if learned:
+        return continual_report(learned)
     runs = train_results(results)
     if runs:
         return training_report(runs)

@@ -39,7 +39,9 @@ def results(
     format: Annotated[
         Literal["table", "json", "csv", "parquet"],
         typer.Option(
-            "--format", help="csv and parquet hold one row per search; mix_train: per run and task."
+            "--format",
+            help="csv and parquet hold one row per search; mix_train: per run and task; "
+            "continual_learning: per run, task, window and layer.",
         ),
     ] = "table",
     out: OutOption = None,
@@ -49,8 +51,9 @@ def results(
     """Print what a job has measured so far.
 
     Of a mix scan: a row per ratio, a column per task, then the sweet spot and the crossings. Of a
-    training grid (mix_train): the change of every task's loss and accuracy, a row per run. Ends
-    with 3 where some point has no eta_c, or some run diverged.
+    training grid (mix_train): the change of every task's loss and accuracy, a row per run. Of
+    continual learning: the accuracy of the first, the last and all tasks, a row per method and
+    control. Ends with 3 where some point has no eta_c, or some run diverged.
     """
     if json_output:
         format = "json"
@@ -178,7 +181,8 @@ def plot(
     """Draw lambda_c against the training step, with 2/eta; of a mix scan against the ratio.
 
     Of a training grid (mix_train): heat maps of ratio against learning rate, with --scan the
-    tasks' eta_c and the sweet spot over them.
+    tasks' eta_c and the sweet spot over them. Of continual learning: accuracy per task over seeds,
+    effective steps against their bounds per layer, and signals.
 
     Without --out: chart.svg in the current directory. With --json: Vega-Lite to stdout.
     """

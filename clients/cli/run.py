@@ -27,10 +27,12 @@ from clients.cli.conventions import (
 )
 from clients.cli.progress import ProgressDisplay, SeriesProgress
 from clients.cli.results import chart_format, check_writable, draw, results_document, write_file
+from probe.continual_summary import summarise_stretch
 from probe.errors import ParallelismError, ProbeError, error_class_for
 from probe.launch import TORCHRUN, thread_environment, torchrun_arguments
 from probe.mix_summary import summarise_unit
 from probe.result import Plan
+from probe.result_continual import ContinualUnitResult
 from probe.result_mix import MixUnitResult
 from probe.result_train import MixTrainUnitResult
 from probe.train_summary import summarise_run
@@ -125,7 +127,7 @@ def _measure(planned: Plan, results: list[AnyUnitResult], *, quiet: bool) -> Non
     Raises:
         ProbeError: The job failed; the class is the one the child's error code stands for.
     """
-    progress = SeriesProgress(len(planned.units), planned.num_forward_passes)
+    progress = SeriesProgress.of_job(planned.spec, len(planned.units), planned.num_forward_passes)
     display = ProgressDisplay(progress, stderr_console(), name=planned.spec["name"], quiet=quiet)
     indices = {unit.unit_id: unit.index for unit in planned.units}
     for unit in planned.units:
@@ -202,6 +204,7 @@ def _follow(
 
 def _found_text(result: AnyUnitResult) -> "Text":
     """What a unit found, in one line."""
+    from clients.cli.continual_tables import stretch_text
     from clients.cli.mix_tables import unit_text
     from clients.cli.tables import summaries_text
     from clients.cli.train_tables import run_text
@@ -210,6 +213,8 @@ def _found_text(result: AnyUnitResult) -> "Text":
         return unit_text(summarise_unit(result))
     if isinstance(result, MixTrainUnitResult):
         return run_text(summarise_run(result))
+    if isinstance(result, ContinualUnitResult):
+        return stretch_text(summarise_stretch(result))
     return summaries_text(result.summaries, result.stability_threshold)
 
 

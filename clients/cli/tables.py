@@ -206,9 +206,11 @@ def job_table(job: JobView) -> Table:
         table.add_row("error", Text(f"{job.error.code}: {job.error.message}{where}", style="red"))
     table.add_row("units", f"{job.num_units_finished} of {job.num_units} finished")
     if job.num_units_without_answer:
-        table.add_row("", f"{job.num_units_without_answer} without an eta_c")
+        what = "with a run that diverged" if _is_continual(job.kind) else "without an eta_c"
+        table.add_row("", f"{job.num_units_without_answer} {what}")
     expected = job.expected_forward_passes
-    table.add_row("passes", f"{job.num_forward_passes} of about {expected}")
+    if not _is_continual(job.kind):  # evaluations between tasks: no measure of the work
+        table.add_row("passes", f"{job.num_forward_passes} of about {expected}")
     for name, moment in (
         ("created", job.created_at),
         ("started", job.started_at),
@@ -222,6 +224,10 @@ def job_table(job: JobView) -> Table:
         table.add_row("labels", Text(", ".join(f"{k}={v}" for k, v in sorted(job.labels.items()))))
     table.add_row("spec sha256", job.spec_sha256)
     return table
+
+
+def _is_continual(kind: str) -> bool:
+    return kind == "continual_learning"
 
 
 def checkpoints_table(checkpoints: Iterable[CheckpointRef]) -> Table:
@@ -253,15 +259,12 @@ def plan_table(plan: Plan) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    first, last = plan.units[0].checkpoint_ref.label, plan.units[-1].checkpoint_ref.label
-    span = first if len(plan.units) == 1 else f"{first} to {last}"
-    table.add_row("units", Text(f"{len(plan.units)} ({span})"))
-    table.add_row(
-        "forward passes",
-        f"about {plan.num_forward_passes}, at most {plan.max_forward_passes}",
-    )
-    table.add_row("backward passes", str(plan.num_backward_passes))
-    table.add_row("tokens per pass", str(plan.num_tokens_per_pass))
+    if _is_continual(plan.kind):
+        table.add_row("units", str(len(plan.units)))
+        table.add_row("gradient steps", f"{plan.num_backward_passes:,}, each run's counted")
+        table.add_row("evaluation passes", f"{plan.num_forward_passes:,}")
+    else:
+        _add_passes(table, plan)
     if plan.num_parameters is not None:
         table.add_row("parameters", quantity(plan.num_parameters))
     ranks = "1" if plan.backend == "single" else f"{plan.num_ranks}, sharded with {plan.backend}"
@@ -273,3 +276,16 @@ def plan_table(plan: Plan) -> Table:
         table.add_row("note", Text(note))
     table.add_row("spec sha256", plan.spec_sha256)
     return table
+
+
+def _add_passes(table: Table, plan: Plan) -> None:
+    """Units, passes and tokens of a job that measures checkpoints."""
+    first, last = plan.units[0].checkpoint_ref.label, plan.units[-1].checkpoint_ref.label
+    span = first if len(plan.units) == 1 else f"{first} to {last}"
+    table.add_row("units", Text(f"{len(plan.units)} ({span})"))
+    table.add_row(
+        "forward passes",
+        f"about {plan.num_forward_passes}, at most {plan.max_forward_passes}",
+    )
+    table.add_row("backward passes", str(plan.num_backward_passes))
+    table.add_row("tokens per pass", str(plan.num_tokens_per_pass))

@@ -21,6 +21,7 @@ from clients.cli.conventions import (
     stdout_console,
 )
 from probe.result import Summary
+from probe.result_curves import StretchSummary
 from probe.result_mix import MixUnitSummary
 from probe.result_train import TrainUnitSummary
 from server.wire import Event, JobView
@@ -59,7 +60,7 @@ def follow_and_exit(
     from clients.cli.mix_tables import report
     from clients.cli.progress import ProgressDisplay, SeriesProgress
 
-    progress = SeriesProgress(job.num_units, job.expected_forward_passes)
+    progress = SeriesProgress.of_job(job.spec, job.num_units, job.expected_forward_passes)
     display = ProgressDisplay(progress, stderr_console(), name=job.name, quiet=json_output)
     with display:
         for event in client.events(job.id):
@@ -104,11 +105,14 @@ def _found_text(values: dict[str, Any]) -> "Text":
     """What a `unit.finished` event tells, in one line, by the job's kind."""
     from rich.text import Text
 
+    from clients.cli.continual_tables import stretch_text
     from clients.cli.mix_tables import unit_text
     from clients.cli.tables import summaries_text
     from clients.cli.train_tables import run_text
 
     try:
+        if "stretch" in values:
+            return stretch_text(StretchSummary.model_validate(values["stretch"]))
         if "scan" in values:
             return unit_text(MixUnitSummary.model_validate(values["scan"]))
         if "run" in values:

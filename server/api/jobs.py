@@ -9,6 +9,7 @@ from probe.kinds import JobKind
 from probe.plan import make_plan
 from probe.result import Plan
 from probe.series import list_checkpoints
+from probe.spec import CheckpointSeriesSpec
 from probe.spec_load import SpecError, parse_spec
 from server.api.bodies import read_json, sha256_of
 from server.api.context import JobDep, SettingsDep, StoreDep, known_query
@@ -83,7 +84,8 @@ def _plan(settings: Settings, body: Any) -> Plan:
     spec = parse_spec(body)
     check_spec(spec, settings.roots)
     plan = make_plan(spec)
-    check_found([unit.checkpoint_ref for unit in plan.units], settings.roots)
+    found = [unit.checkpoint for unit in plan.units if unit.checkpoint is not None]
+    check_found(found, settings.roots)
     return plan
 
 
@@ -170,12 +172,13 @@ _REST_OF_A_JOB: dict[str, Any] = {
 
 def _list_series(settings: Settings, body: Any) -> CheckpointList:
     try:
-        checkpoints = parse_spec(_REST_OF_A_JOB | {"checkpoints": body}).checkpoints
+        spec = parse_spec(_REST_OF_A_JOB | {"checkpoints": body})
     except SpecError as error:
         raise SpecError(
             [p | {"field": p["field"].removeprefix("checkpoints.")} for p in error.problems]
         ) from None
-    check_checkpoints(checkpoints, settings.roots, field="")
-    found = list_checkpoints(checkpoints)
+    assert isinstance(spec, CheckpointSeriesSpec)
+    check_checkpoints(spec.checkpoints, settings.roots, field="")
+    found = list_checkpoints(spec.checkpoints)
     check_found(found, settings.roots)
     return CheckpointList(data=found)

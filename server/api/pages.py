@@ -15,9 +15,10 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from probe import mix_text, train_text
+from probe import continual_text, mix_text, train_text
+from probe.continual_summary import summarise_continual
 from probe.mix_summary import summarise_scans
-from probe.reports import mix_results, series_results, train_results
+from probe.reports import continual_results, mix_results, series_results, train_results
 from probe.tables import summary_rows
 from probe.train_summary import summarise_training
 from server.api.context import JobDep, StoreDep
@@ -41,6 +42,8 @@ _ALT_TEXT = {  # of a chart, by kind of job
     "with the sweet spot",
     "mix_train": "Heat maps of ratio against learning rate: how far each task's loss and accuracy "
     "moved from the checkpoint, red worse, blue better",
+    "continual_learning": "Accuracy of every task over seeds, then per method what bounds predict, "
+    "effective steps against the bounds per layer, and signals",
 }
 
 
@@ -78,6 +81,10 @@ def _environment() -> Environment:
         "runs": train_text.runs_of,
         "change": train_text.change_text,
         "harmless": train_text.harmless_sentences,
+        "accuracy": continual_text.accuracy_text,
+        "correlation": continual_text.correlation_text,
+        "edges": continual_text.edge_titles,
+        "learned": continual_text.summary_sentences,
     }
     environment.globals["TERMINAL"] = TERMINAL
     return environment
@@ -121,6 +128,7 @@ def job_page(job: JobDep, store: StoreDep) -> HTMLResponse:
         rows=summary_rows(series_results(results)),
         scans=summarise_scans(mix_results(results)),
         trainings=summarise_training(train_results(results)),
+        continual=summarise_continual(continual_results(results)),
         alt_text=_ALT_TEXT.get(job.kind, "What the job has measured"),
         events=events,
         last_event_id=last_event_id,

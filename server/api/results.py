@@ -56,7 +56,11 @@ def job_results(
     ] = None,
     accept: Accept = None,
 ) -> Response:
-    """Results of the units finished so far: JSON, or one row per search as CSV or Parquet."""
+    """Results of the units finished so far: JSON, or one row per search as CSV or Parquet.
+
+    Of a training grid one row per run and task, of continual learning one per run, task, window
+    and layer.
+    """
     chosen = choose_format(format, accept, RESULT_TYPES)
     results = store.unit_results(job.id)
     headers = {"Vary": "Accept"}
@@ -117,7 +121,8 @@ def job_chart(
     """Critical sharpness against the step, with 2/eta and the loss, as far as it is measured.
 
     Of a mix scan: against the ratio, one line per task, with the sweet spot. Of a training grid:
-    heat maps of ratio against learning rate, two per task.
+    heat maps of ratio against learning rate, two per task. Of continual learning: accuracy per
+    task over seeds, effective steps against their bounds per layer, and signals.
     """
     chosen = choose_format(format, accept, CHART_TYPES)
     if job.num_units_finished == 0:

@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from probe.kinds import JobSpec, data_sources
+from probe.kinds import JobSpec, data_sources, image_files
 from probe.result import CheckpointRef
 from probe.spec import Checkpoints, FileData, HubCheckpoints, LocalCheckpoints
+from probe.spec_continual import ContinualLearningSpec, HubImages
 from server.api.problems import ProblemError, invalid
 from server.wire import FieldProblem
 
@@ -45,12 +46,15 @@ def check_checkpoints(
 
 
 def check_spec(spec: JobSpec, roots: Sequence[Path]) -> None:
-    """Refuse every path of a job that leads out of the roots: checkpoints, tokenizer, files.
+    """Refuse every path of a job that leads out of the roots: checkpoints, tokenizer, data files.
 
     Raises:
         ProblemError: As `check_checkpoints`.
     """
     if not roots:
+        return
+    if isinstance(spec, ContinualLearningSpec):
+        _check_images(spec, roots)
         return
     check_checkpoints(spec.checkpoints, roots)
     name = spec.model.tokenizer
@@ -83,6 +87,20 @@ def check_found(refs: Iterable[CheckpointRef], roots: Sequence[Path]) -> None:
                 # formats of several ranks keep their files one level further down
                 for inner in itertools.chain(location.glob("*"), location.glob("*/*")):
                     _check_path(inner, roots, "checkpoints.path")
+
+
+def _check_images(spec: ContinualLearningSpec, roots: Sequence[Path]) -> None:
+    for field, path in image_files(spec).items():
+        # Taken as it stands when it is read, so `*` in it is a letter like any other.
+        if path.startswith("~") or ".." in Path(path).parts:
+            raise _refused(path, roots, field)
+        _check_path(Path(path), roots, field)
+    images = spec.stream.data
+    # As of checkpoints: loaders take a directory of that name before they ask the hub.
+    if isinstance(images, HubImages) and (
+        ".." in images.repo.split("/") or Path(images.repo).exists()
+    ):
+        raise _refused(images.repo, roots, "stream.data.repo")
 
 
 def _check_pattern(pattern: str, roots: Sequence[Path], field: str) -> None:

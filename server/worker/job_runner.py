@@ -21,6 +21,7 @@ from probe.model_size import model_size
 from probe.placement import fixed_num_ranks, place
 from probe.result import Plan, Unit
 from probe.spec import ParallelOptions
+from probe.spec_continual import ContinualLearningSpec
 from probe.spec_load import parse_spec
 from probe.unit_results import AnyUnitResult, next_eta_init
 from server import queue
@@ -226,11 +227,15 @@ def _num_ranks(plan: Plan) -> int:
     Raises:
         UnitFailedError: The spec was stored by a program that knew other fields.
     """
+    if plan.kind == "continual_learning":  # its runs are one batched model
+        return 1
     parallel = ParallelOptions.model_validate(plan.spec.get("parallel") or {})
     fixed = fixed_num_ranks(parallel)
     if fixed is not None:
         return fixed
     try:
-        return place(parse_spec(plan.spec), model_size(plan.units[0].checkpoint_ref)).num_ranks
+        spec = parse_spec(plan.spec)
+        assert not isinstance(spec, ContinualLearningSpec)
+        return place(spec, model_size(plan.units[0].checkpoint_ref)).num_ranks
     except ProbeError as error:
         raise UnitFailedError(error.code, str(error), retryable=error.retryable) from error
