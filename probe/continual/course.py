@@ -22,7 +22,8 @@ class TaskCourse:
         num_windows: Rows to keep; fewer where there are fewer steps.
         num_runs: R.
         num_layers: L; signals have a column more, for the whole network.
-        device: Of the losses.
+        sums: (2, R) float64, right answers and losses; whoever trains adds every step to it. Is
+            set to 0 here and at every window's end.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class TaskCourse:
         num_windows: int,
         num_runs: int,
         num_layers: int,
-        device: torch.device,
+        sums: Tensor,
     ) -> None:
         self._task = task
         num_windows = min(num_windows, num_steps)
@@ -40,10 +41,10 @@ class TaskCourse:
             math.ceil(num_steps * (window + 1) / num_windows) for window in range(num_windows)
         ]
         self._num_runs, self._num_columns = num_runs, num_layers + 1
-        self._sums = torch.zeros(2, num_runs, dtype=torch.float64, device=device)
+        self.sums = sums.zero_()
         self._num_steps = self._num_images = 0
         self._measurements: list[Measurement] = []
-        self._violations = torch.zeros(num_runs, len(get_args(Bound)), device=device)
+        self._violations = torch.zeros(num_runs, len(get_args(Bound)), device=sums.device)
         self._num_measurements = 0
         self._rows: list[list[float]] = []  # per window, per run: accuracy, loss
         self._weights: list[tuple[int, int]] = []  # per window: images, steps
@@ -55,10 +56,8 @@ class TaskCourse:
         """Step, from 1, at which the current window ends."""
         return self._ends[len(self._weights)]
 
-    def add_step(self, losses: Tensor, num_correct: Tensor, batch_size: int) -> None:
-        """One step: (R,) losses, nats, and (R,) right answers, both from before it."""
-        self._sums[0] += num_correct
-        self._sums[1] += losses
+    def count_step(self, batch_size: int) -> None:
+        """One step has been added to the sums."""
         self._num_images += batch_size
         self._num_steps += 1
 
@@ -70,7 +69,7 @@ class TaskCourse:
 
     def end_window(self) -> None:
         """Close the current window. Cost: waits for the device."""
-        num_correct, losses = self._sums.tolist()
+        num_correct, losses = self.sums.tolist()
         accuracy = [value / self._num_images for value in num_correct]
         loss = [value / self._num_steps for value in losses]
         self._rows.append([*accuracy, *loss])
@@ -80,7 +79,7 @@ class TaskCourse:
         for name, columns in self._layers.items():
             values = [m.layers[name] for m in self._measurements]
             columns.append(_median(values, (self._num_runs, self._num_columns)))
-        self._sums.zero_()
+        self.sums.zero_()
         self._num_images = self._num_steps = 0
         self._measurements.clear()
 

@@ -68,7 +68,11 @@ class WassersteinTerm:
     def start_from(self, initial: Tensor) -> None:
         """Take (R, P) as the initial parameters."""
         rows = initial[self._rows]
-        self._initial = [rows[:, p.start : p.stop].sort(dim=1).values for p in self._places]
+        found = [rows[:, p.start : p.stop].sort(dim=1).values for p in self._places]
+        if not self._initial:
+            self._initial = found
+        for kept, new in zip(self._initial, found, strict=True):
+            kept.copy_(new)  # in place: a recorded step reads them there
 
     def add_gradient(self, gradient: Tensor, parameters: Tensor) -> None:
         """Add the term's gradient. Cost: a sort of every tensor of the networks that have it."""

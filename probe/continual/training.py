@@ -15,6 +15,7 @@ from probe.continual.datasets import Images
 from probe.continual.draws import generator_for
 from probe.continual.flat_optimizer import FlatOptimizer, initial_learning_rates
 from probe.continual.networks import BatchedMlp, NetworkShape, batch_losses
+from probe.continual.recorded_steps import RecordedSteps
 from probe.continual.regularizers import Term, terms_of
 from probe.continual.scheduler import SchedulerGroup
 from probe.continual.signals import SignalTracker
@@ -86,6 +87,13 @@ class GroupTrainer:
         )
         self._leaves = self.network.leaves(self.parameters)
         self._gradient = torch.empty_like(self.parameters)
+        self._sums = torch.zeros(2, len(runs), dtype=torch.float64, device=device)
+        task = self.stream.task(0)
+        permutation = None if task.permutation is None else task.permutation.clone()
+        self._task = Task(0, task.labels.clone(), permutation)  # buffers of the task in hand
+        self._advance: Callable[[Tensor], None] = self._step
+        if device.type == "cuda":
+            self._advance = RecordedSteps(self._step, self._written)
         self.next_task = 0
 
     def train_task(self, on_step: OnStep | None = None) -> list[RunTask]:
@@ -100,7 +108,6 @@ class GroupTrainer:
         Cost: `steps_per_task` steps; a measurement every `signals.log_every` of them; one
         evaluation of all images.
         """
-        task = self.stream.task(self.next_task)
         self._begin_task()
         signals = self.spec.signals
         course = TaskCourse(
@@ -109,25 +116,30 @@ class GroupTrainer:
             signals.windows_per_task,
             len(self.runs),
             len(self.network.layers),
-            self._device,
+            self._sums,
         )
         done = 0
         for epoch in range(self._epochs):
             order = self.stream.order(self.next_task, epoch)
             for index in torch.split(order, self.spec.stream.batch_size, dim=1):
-                x, y = self.stream.batch(task, index)
-                self._measure(course, x, y, self.next_task * self.steps_per_task + done)
-                self.step(course, x, y)
+                self._measure(course, index, self.next_task * self.steps_per_task + done)
+                self._advance(index)
+                course.count_step(index.shape[1])
                 done += 1
                 if done == course.next_end:
                     course.end_window()
                     if on_step is not None:
                         on_step(done)
         self.next_task += 1
-        return course.results(self._evaluate(task))
+        return course.results(self._evaluate())
 
-    def step(self, course: TaskCourse, x: Tensor, y: Tensor) -> None:
-        """One gradient step of every run: x (R, B, num_inputs), y (R, B)."""
+    def _step(self, index: Tensor) -> None:
+        """One gradient step of every run on its images `index` (R, B).
+
+        Only tensors that keep their place are read and written, and nothing waits for the device:
+        on a GPU the whole is recorded once and replayed.
+        """
+        x, y = self.stream.batch(self._task, index)
         logits = self.network.forward(self._leaves, x, update_running=True)
         losses = batch_losses(logits, y)
         gradients = torch.autograd.grad(losses.sum(), self._leaves)
@@ -136,11 +148,21 @@ class GroupTrainer:
             for term in self._terms:
                 term.add_gradient(self._gradient, self.parameters)
             self.optimizer.step(self.parameters, self._gradient)
-            num_correct = (logits.argmax(dim=2) == y).sum(dim=1)
-            course.add_step(losses.detach(), num_correct, x.shape[1])
+            self._sums[0] += (logits.argmax(dim=2) == y).sum(dim=1)
+            self._sums[1] += losses.detach()
+
+    def _written(self) -> list[Tensor]:
+        """Every tensor a step writes."""
+        state = self.optimizer.state()
+        moments = [state[name] for name in ("num_steps", "exp_avg", "exp_avg_sq")]
+        return [self.parameters, self._sums, *moments, *self.network.running]
 
     def _begin_task(self) -> None:
-        """Start anew those runs that are reset at a task."""
+        """Take up the next task; start anew those runs that are reset at a task."""
+        task = self.stream.task(self.next_task)
+        self._task.labels.copy_(task.labels)
+        if self._task.permutation is not None and task.permutation is not None:
+            self._task.permutation.copy_(task.permutation)
         if self.next_task == 0 or not bool(self._is_reset.any()):
             return
         fresh = self._drawn_parameters(self.next_task)
@@ -156,13 +178,14 @@ class GroupTrainer:
         )
         self.tracker.reset(self._is_reset, self._power_draws(self.next_task))
 
-    def _measure(self, course: TaskCourse, x: Tensor, y: Tensor, num_steps: int) -> None:
+    def _measure(self, course: TaskCourse, index: Tensor, num_steps: int) -> None:
         """Measure, and let the schedulers decide, just before the steps at which they are due."""
         signals = self.spec.signals
         is_logged = (num_steps + 1) % signals.log_every == 0
         is_controlled = (num_steps + 1) % signals.control_every == 0
         if not (is_logged or is_controlled):
             return
+        x, y = self.stream.batch(self._task, index)
         measurement = self.tracker.measure(self.network, self.parameters, x, y, self.optimizer)
         course.add_measurement(measurement)
         if is_controlled and self._scheduler.is_any:
@@ -172,13 +195,13 @@ class GroupTrainer:
             self.optimizer.set_learning_rate(rates)
 
     @torch.no_grad()
-    def _evaluate(self, task: Task) -> list[tuple[float, float]]:
+    def _evaluate(self) -> list[tuple[float, float]]:
         """(accuracy, loss in nats) of every run over all images of the task."""
         sums = torch.zeros(2, len(self.runs), dtype=torch.float64, device=self._device)
         everything = torch.arange(self.stream.num_images, device=self._device)
         rows = everything.expand(len(self.runs), -1)
         for index in torch.split(rows, _EVALUATION_IMAGES, dim=1):
-            x, y = self.stream.batch(task, index)
+            x, y = self.stream.batch(self._task, index)
             logits = self.network.forward(self._leaves, x, training=False)
             sums[0] += (logits.argmax(dim=2) == y).sum(dim=1)
             sums[1] += batch_losses(logits, y).double() * x.shape[1]
