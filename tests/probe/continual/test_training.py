@@ -219,3 +219,48 @@ def test_log_and_control_intervals_are_apart():
     # before steps 2, 3, 4 and 6 of the six; decided at 2, 4 and 6, where rates are those before
     assert [round(float(rates[0, 0]) / 0.01, 4) for rates in seen] == [1, 0.99, 0.99, 0.9801]
     torch.testing.assert_close(group.optimizer.learning_rate, torch.full((1, 3), 0.01 * 0.99**3))
+
+
+def test_what_a_step_writes_can_be_put_back():
+    """What the warm-up of a recorded step relies on, here without a GPU."""
+    methods = [
+        {
+            "name": "plain",
+            "normalization": "batch",
+            "regularizers": [{"type": "wasserstein", "strength": 0.1}],
+        }
+    ]
+    group = trainer_of(small_spec(methods=methods))
+    index = group.stream.order(0, 0)[:, :16]
+    group._step(index)
+    kept = [tensor.clone() for tensor in group._written()]
+    group._step(index)
+    once = [tensor.clone() for tensor in group._written()]
+    for tensor, before in zip(group._written(), kept, strict=True):
+        tensor.copy_(before)
+    group._step(index)
+    assert all(torch.equal(a, b) for a, b in zip(group._written(), once, strict=True))
+    assert not torch.equal(kept[0], once[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_recorded_steps_are_the_steps_themselves():
+    methods = [
+        {"name": "plain", "regularizers": [{"type": "l2", "strength": 0.01}]},
+        {
+            "name": "w",
+            "regularizers": [{"type": "wasserstein", "strength": 0.1, "reduction": "sum"}],
+        },
+    ]
+    controls = [{"name": "reset", "reset": "task"}, {"name": "s", "scheduler": {}}]
+    spec = small_spec(methods=methods, controls=controls)
+    (runs,) = run_groups(spec)
+    recorded, plain = (
+        GroupTrainer(spec, runs, made_images(), torch.device("cuda")) for _ in range(2)
+    )
+    plain._advance = plain._step
+    for _ in range(3):
+        for found, expected in zip(recorded.train_task(), plain.train_task(), strict=True):
+            assert found.loss == pytest.approx(expected.loss, rel=1e-4)
+    torch.testing.assert_close(recorded.parameters, plain.parameters, **TOLERANCE)
