@@ -20,10 +20,9 @@ from probe.continual.gradient_noise import GradientNoise, gradient_noise
 from probe.continual.hessian_rank import hessian_rank
 from probe.continual.indicators import unit_signs, weight_norms
 from probe.continual.networks import BatchedMlp
+from probe.continual.sharpness_history import SharpnessHistory
 from probe.result_continual import Bound
 from probe.spec_continual import Adam, PlainSgd, Signals
-
-_VOLATILITY_EPS = 1e-8  # of Vol = (lambda_bar - mu)^2 / (mu + eps)
 
 
 class OptimizerView(Protocol):
@@ -90,9 +89,7 @@ class SignalTracker:
         self._optimizer = optimizer
         self._eigenvalues = TopEigenvalues(network, draws)
         shape = (network.num_runs, len(network.layers) + 1)
-        # Of lambda_bar: the raw moving average m and how many values are in it.
-        self._average = torch.zeros(shape, dtype=torch.float64, device=network.device)
-        self._count = torch.zeros(shape, dtype=torch.int64, device=network.device)
+        self._history = SharpnessHistory(shape, signals.ema, network.device)
         self._is_fresh = torch.ones(network.num_runs, dtype=torch.bool, device=network.device)
 
     def reset(self, is_reset: Tensor, draws: Sequence[np.random.Generator]) -> None:
@@ -103,8 +100,7 @@ class SignalTracker:
             draws: One generator per network; those of the others are not touched.
         """
         self._eigenvalues.reset(is_reset, draws)
-        self._average[is_reset] = 0
-        self._count[is_reset] = 0
+        self._history.reset(is_reset)
         self._is_fresh |= is_reset
 
     @torch.no_grad()
@@ -137,7 +133,7 @@ class SignalTracker:
         sharpness, residual = self._sharpness(derivatives)
         steps = step_sizes(network, self._optimizer, optimizer)
         normalized = steps.sharpness_factor * sharpness
-        mean, volatility = self._follow(normalized)
+        mean, volatility = self._history.follow(normalized)
         bounds = _bounds(self._signals, x.shape[1], noise, volatility)
         gradient_norm = noise.gradient_squared.sqrt()
         weight_norm = weight_norms(network, parameters)
@@ -155,7 +151,7 @@ class SignalTracker:
             "weight_norm": weight_norm,
             "gradient_to_parameter": gradient_norm / weight_norm,
         }
-        return Measurement(layers, self._of_runs(derivatives), _violations(steps.effective, bounds))
+        return Measurement(layers, self._of_runs(derivatives), violations(steps.effective, bounds))
 
     def _of_runs(self, derivatives: BatchDerivatives) -> dict[str, Tensor]:
         entropy, dead = unit_signs(derivatives.trace.pre_activations)
@@ -168,17 +164,11 @@ class SignalTracker:
     def state(self) -> dict[str, Tensor]:
         """Everything a later measurement depends on."""
         vectors = {f"vectors.{name}": value for name, value in self._eigenvalues.state().items()}
-        return {
-            "average": self._average,
-            "count": self._count,
-            "is_fresh": self._is_fresh,
-            **vectors,
-        }
+        return {"is_fresh": self._is_fresh, **self._history.state(), **vectors}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state` gave for the same networks."""
-        self._average.copy_(state["average"])
-        self._count.copy_(state["count"])
+        self._history.load(state)
         self._is_fresh.copy_(state["is_fresh"])
         prefix = "vectors."
         self._eigenvalues.load(
@@ -191,26 +181,6 @@ class SignalTracker:
             self._eigenvalues.estimate(derivatives, first, self._is_fresh)
             self._is_fresh.zero_()
         return self._eigenvalues.estimate(derivatives, self._signals.power_iterations)
-
-    def _follow(self, normalized: Tensor) -> tuple[Tensor, Tensor]:
-        """Let lambda_bar (R, L + 1) enter its moving average; the mean mu, and Vol.
-
-        m_t = nu m_{t-1} + (1 - nu) lambda_bar_t,  mu_t = m_t / (1 - nu^t)
-
-        A value that is not finite does not enter, so that one bad batch does not end a history;
-        mean and volatility do not exist at that measurement. The first has mu = lambda_bar and
-        Vol = 0, so its bound is infinite. A mean below 0 has no volatility.
-        """
-        nu = self._signals.ema
-        exists = normalized.isfinite()
-        moved = nu * self._average + (1 - nu) * normalized
-        self._average = torch.where(exists, moved, self._average)
-        self._count += exists
-        mean = self._average / (1 - nu ** self._count.double())
-        mean = torch.where(self._count == 1, normalized, mean)  # exactly, so that Vol is exactly 0
-        mean = torch.where(exists, mean, torch.nan)
-        volatility = (normalized - mean).square() / (mean + _VOLATILITY_EPS)
-        return mean, torch.where(mean >= 0, volatility, torch.nan)
 
 
 def step_sizes(network: BatchedMlp, kind: Adam | PlainSgd, optimizer: OptimizerView) -> StepSizes:
@@ -255,7 +225,12 @@ def _bounds(
     }
 
 
-def _violations(effective: Tensor, bounds: dict[str, Tensor]) -> Tensor:
-    """(R, 3): whether some layer, the whole network left out, was above its bound."""
+def violations(effective: Tensor, bounds: dict[str, Tensor]) -> Tensor:
+    """(R, 3) in the order of `Bound`: whether some layer's effective step was above its bound.
+
+    Args:
+        effective: (R, L + 1); the whole network, the last column, does not count.
+        bounds: Of every name of `Bound`, (R, L + 1). One that is NaN is not exceeded.
+    """
     above = [(effective > bounds[name])[:, :-1].any(dim=1) for name in get_args(Bound)]
     return torch.stack(above, dim=1)

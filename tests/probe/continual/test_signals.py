@@ -9,9 +9,10 @@ import torch
 from small_networks import KINDS, Case, draws, make_case
 from torch import Tensor, nn
 
+from probe.continual.derivatives import BatchDerivatives
 from probe.continual.flat_optimizer import FlatOptimizer
 from probe.continual.networks import batch_losses
-from probe.continual.signals import Measurement, SignalTracker, step_sizes
+from probe.continual.signals import Measurement, SignalTracker, step_sizes, violations
 from probe.result_continual import LAYER_SIGNALS, RUN_SIGNALS, Bound
 from probe.spec_continual import Adam, PlainSgd, Signals
 
@@ -187,6 +188,16 @@ def test_violations_are_steps_above_a_bound_in_some_layer() -> None:
     assert seen == {True, False}  # else the comparison above says little
 
 
+def test_the_whole_network_and_what_does_not_exist_are_no_violation() -> None:
+    effective = torch.tensor([[1.0, 2.0, 9.0]])
+    bounds = {
+        "gradient": torch.tensor([[1.0, 3.0, 5.0]]),  # equal is not above
+        "curvature": torch.tensor([[torch.nan, torch.inf, 5.0]]),
+        "combined": torch.tensor([[5.0, 1.9, 50.0]]),
+    }
+    assert violations(effective, bounds).tolist() == [[False, False, True]]
+
+
 def test_without_noise_the_bounds_are_infinite() -> None:
     case, optimizer = trained()
     case.x, case.y = case.x[:, :1], case.y[:, :1]  # one image: nothing differs from the mean
@@ -296,6 +307,33 @@ def test_a_reset_run_starts_anew_and_the_others_go_on() -> None:
     for name, value in found.items():
         assert torch.equal(value[0], as_new[name][0]), name
         assert torch.equal(value[1:], kept[name][1:]), name
+    train(case, optimizer, 1)
+    again, as_new = (measure(t, case, optimizer).layers for t in (trackers[0], fresh))
+    assert (again["volatility"][0] > 0).all()
+    for name, value in again.items():
+        assert torch.equal(value[0], as_new[name][0]), name
+
+
+def test_many_iterations_are_taken_after_a_start_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, optimizer = trained()
+    signals = Signals(first_power_iterations=5, power_iterations=2)
+    tracker = SignalTracker(case.network, signals, ADAM, draws(3))
+    num_products, product = 0, BatchDerivatives.hessian_product
+
+    def counted(self: BatchDerivatives, v: Tensor, first: int, last: int, result: Tensor) -> None:
+        nonlocal num_products
+        num_products += first == 0 and last == 2  # of the whole network
+        product(self, v, first, last, result)
+
+    monkeypatch.setattr(BatchDerivatives, "hessian_product", counted)
+    counts = []
+    for is_reset in (False, False, True, False):
+        if is_reset:
+            tracker.reset(torch.tensor([False, True, False]), draws(3))
+        num_products = 0
+        measure(tracker, case, optimizer)
+        counts.append(num_products)
+    assert counts == [6 + 3, 3, 6 + 3, 3]
 
 
 def test_state_goes_on_with_the_same_numbers() -> None:
