@@ -5,6 +5,7 @@ steps against the combined bound per layer, and signals of the whole network; th
 median over seeds, so that one wild run does not hide the others.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,13 @@ from probe.result_curves import ContinualSummary, LearningCurve
 _WIDE, _HEIGHT = 286, 170
 _MOST_METHODS = 6  # with panels of their own below the accuracies
 _FEW_TASKS = 12  # so many have a tick and a large dot each
+_TOOLTIP = [
+    alt.Tooltip("series:N", title="of"),
+    alt.Tooltip("task:Q"),
+    alt.Tooltip("accuracy:Q", title="mean", format=".4f"),
+    alt.Tooltip("error:Q", title="standard error", format=".2g"),
+    alt.Tooltip("runs:Q"),
+]
 
 
 def continual_chart(
@@ -116,17 +124,10 @@ def _accuracy_panel(
             values=list(range(summary.num_tasks)) if is_short else alt.Undefined,
         ),
     )
-    y = alt.Y("accuracy:Q", title="accuracy of the task", scale=alt.Scale(domain=[0, 1]))
-    tooltip = [
-        alt.Tooltip("series:N", title="of"),
-        alt.Tooltip("task:Q"),
-        alt.Tooltip("accuracy:Q", title="mean", format=".4f"),
-        alt.Tooltip("error:Q", title="standard error", format=".2g"),
-        alt.Tooltip("runs:Q"),
-    ]
-    band = datasets.chart_of([row for row in rows if row["low"] is not None]).mark_area(
-        opacity=0.22, clip=True
-    )
+    top = _highest(summary)
+    y = alt.Y("accuracy:Q", title="accuracy of the task", scale=alt.Scale(domain=[0, top]))
+    with_band = [row for row in rows if row["low"] is not None]
+    band = datasets.chart_of(with_band).mark_area(opacity=0.22, clip=True)
     line = datasets.chart_of(rows).mark_line(
         strokeWidth=1.8,
         point=alt.OverlayMarkDef(size=28 if is_short else 14),
@@ -134,7 +135,7 @@ def _accuracy_panel(
     )
     layers = [
         band.encode(x=x, y=on_axis(y, "low"), y2="high:Q", color=color),
-        line.encode(x=x, y=y, color=color, tooltip=tooltip),
+        line.encode(x=x, y=y, color=color, tooltip=_TOOLTIP),
     ]
     if diverged:
         cross = datasets.chart_of(diverged).mark_point(
@@ -144,6 +145,17 @@ def _accuracy_panel(
         layers.append(cross.encode(x=x, y=alt.value(_HEIGHT - 6), color=color, tooltip=told))
     panel = alt.layer(*layers).properties(width=width, height=_HEIGHT)
     return panel if title is None else panel.properties(title=caption(title, 12))
+
+
+def _highest(summary: ContinualSummary) -> float:
+    """Where the axis of all panels ends: at 1, or at the next tenth above all bands."""
+    ends = [
+        point.mean + (point.standard_error or 0.0)
+        for curve in summary.curves
+        for point in curve.tasks
+        if point.mean is not None
+    ]
+    return min(1.0, math.ceil(10 * max(ends, default=1.0) + 0.2) / 10)
 
 
 def accuracy_rows(lines: Sequence[tuple[str, LearningCurve]], num_tasks: int) -> tuple[Rows, Rows]:

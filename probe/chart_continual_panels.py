@@ -15,6 +15,7 @@ from probe.continual_summary import BOUNDS
 
 _COLUMNS = 4
 _SMALL, _SMALL_HEIGHT = 116, 84
+_FEW_POINTS = 14
 _PANEL_TITLE = 10  # size of a small panel's; larger ones are bold
 _BOUND_COLORS = {
     "light": {"gradient": "#009E73", "curvature": "#8A6D00", "combined": "#D55E00"},
@@ -112,7 +113,7 @@ def _predictions(arms: list[Arm], datasets: Datasets, theme: Theme) -> Any:
     color = alt.Color(
         "series:N",
         scale=alt.Scale(domain=names, range=hues),
-        legend=alt.Legend(title=None, orient="top", columns=4),
+        legend=alt.Legend(title=None, orient="top", columns=4, symbolType="stroke"),
     )
     panels = []
     for arm in arms:
@@ -138,7 +139,7 @@ def _steps(arms: list[Arm], color: alt.Color, datasets: Datasets) -> Any | None:
     dash = alt.StrokeDash(
         "what:N",
         scale=alt.Scale(domain=["effective step", "combined bound"], range=[[1, 0], [4, 3]]),
-        legend=alt.Legend(title=None, orient="top", symbolStrokeWidth=2),
+        legend=alt.Legend(title=None, orient="top", symbolType="stroke", symbolStrokeWidth=2),
     )
     panels = []
     for number in drawn_layers(len(arms[0].layer_names)):
@@ -214,8 +215,14 @@ def _small_panel(
         alt.Tooltip("task:Q", format=".3~f"),
         alt.Tooltip("value:Q", format=".4g"),
     ]
-    line = datasets.chart_of([row | {"value": _short(row["value"])} for row in rows]).mark_line(
-        strokeWidth=1.3, clip=True, invalid="break-paths-show-domains"
+    shown = datasets.chart_of([row | {"value": _short(row["value"])} for row in rows])
+    # With few points each is marked: one between two gaps has no line to be seen by.
+    is_sparse = len({row["task"] for row in rows}) <= _FEW_POINTS
+    line = shown.mark_line(
+        strokeWidth=1.3,
+        clip=True,
+        invalid="break-paths-show-domains",
+        point=alt.OverlayMarkDef(size=9, strokeWidth=0) if is_sparse else False,
     )
     encoded = line.encode(x=x, y=y, color=color, tooltip=tooltip)
     if dash is not None:

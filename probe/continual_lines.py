@@ -116,10 +116,22 @@ def _by_window(arm: Arm, values: Values) -> Line:
     found: dict[float, list[float | None]] = {}
     for tasks in arm.runs:
         for task in tasks:
-            for step, value in zip(task.windows.last_step, values(task), strict=False):
-                place = task.task + step / arm.num_steps_per_task
-                found.setdefault(place, []).append(value)
+            steps, is_measured = task.windows.last_step, _measured(task)
+            for step, value, there in zip(steps, values(task), is_measured, strict=False):
+                if there:
+                    place = task.task + step / arm.num_steps_per_task
+                    found.setdefault(place, []).append(value)
     return [{"task": place, "value": _median(found[place])} for place in sorted(found)]
+
+
+def _measured(task: RunTask) -> list[bool]:
+    """Per window, whether a measurement fell into it: then there is a learning rate.
+
+    A value that is missing there does not exist, and the line has a gap; a window without a
+    measurement makes none.
+    """
+    rates = task.windows.layers.get("learning_rate")
+    return [rate is not None for rate in rates[-1]] if rates else []
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -280,14 +280,10 @@ def continual_spec() -> dict[str, Any]:
     return {
         "kind": "continual_learning",
         "name": "demo stream",
-        "labels": {"project": "demo"},
         "stream": {
             "type": "random_labels",
             "data": {"type": "packaged", "name": "digits"},
-            "num_images": 100,
-            "num_tasks": 5,
-            "epochs": 3,
-            "batch_size": 32,
+            **{"num_images": 100, "num_tasks": 5, "epochs": 3, "batch_size": 32},
         },
         "model": {"hidden": [8, 4]},
         "methods": [
@@ -300,9 +296,8 @@ def continual_spec() -> dict[str, Any]:
     }
 
 
-# Accuracy of a task, None: it diverged; and the share of violations of each bound.
-Accuracy = Callable[[RunRef, int], float | None]
-Shares = Callable[[RunRef, int], dict[str, float] | None]
+# Of a run and a task: its accuracy, None where it diverged; the share of violations per bound.
+OfTask = Callable[[RunRef, int], Any]
 
 
 def _known_accuracy(run: RunRef, task: int) -> float:
@@ -313,8 +308,7 @@ def _known_accuracy(run: RunRef, task: int) -> float:
 
 def _known_shares(run: RunRef, task: int) -> dict[str, float]:
     """The combined bound is right about L2 and wrong about leaky; the curvature's says nothing."""
-    combined = 0.1 * task
-    return {"gradient": combined**2, "curvature": 0.5, "combined": combined}
+    return {"gradient": (0.1 * task) ** 2, "curvature": 0.5, "combined": 0.1 * task}
 
 
 @pytest.fixture
@@ -324,8 +318,8 @@ def make_continual_results(
     """Builds a result per unit of a spec, from accuracies and shares by run and task."""
 
     def make(
-        accuracy: Accuracy = _known_accuracy,
-        shares: Shares = _known_shares,
+        accuracy: OfTask = _known_accuracy,
+        shares: OfTask = _known_shares,
         spec: dict[str, Any] | None = None,
     ) -> list[ContinualUnitResult]:
         job = parse_spec(continual_spec if spec is None else spec)
@@ -338,7 +332,7 @@ def make_continual_results(
 
 
 def _continual_result(
-    job: ContinualLearningSpec, unit: Unit, accuracy: Accuracy, shares: Shares
+    job: ContinualLearningSpec, unit: Unit, accuracy: OfTask, shares: OfTask
 ) -> ContinualUnitResult:
     assert unit.runs and unit.num_tasks and unit.first_task is not None  # noqa: PT018
     layers = [*(f"fc{number + 1}" for number in range(len(job.model.hidden) + 1)), "network"]
@@ -377,17 +371,17 @@ def _run_task(
 ) -> RunTask:
     """Two windows. A signal is 1 + its place among the signals + 10 x layer + 100 x window."""
     is_finite = accuracy is not None
-    ends = [steps // 2, steps]
+    loss = None if accuracy is None else 2.0 - accuracy
     return RunTask(
         task=task,
         outcome="finished" if is_finite else "diverged",
         accuracy=accuracy,
         accuracy_end=accuracy,
-        loss=2.0 - accuracy if accuracy is not None else None,
-        loss_end=2.0 - accuracy if accuracy is not None else None,
+        loss=loss,
+        loss_end=loss,
         violation_share=shares if is_finite else None,
         windows=Windows(
-            last_step=ends if is_finite else [],
+            last_step=[steps // 2, steps] if is_finite else [],
             runs={
                 name: [0.01 * place, 0.01 * place + 0.001] if is_finite else []
                 for place, name in enumerate(RUN_SIGNALS)

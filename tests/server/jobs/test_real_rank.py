@@ -9,6 +9,7 @@ from probe.kinds import JobSpec
 from probe.launch import TORCHRUN
 from probe.plan import make_plan
 from probe.result import Plan
+from probe.result_continual import ContinualUnitResult
 from probe.result_train import MixTrainUnitResult
 from probe.sessions import open_session
 from probe.spec_load import parse_spec
@@ -52,27 +53,54 @@ def grid_of(series_spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def stream_of() -> dict[str, Any]:
+    """Continual learning in three units: two tasks each, of one group of four runs."""
+    return {
+        "kind": "continual_learning",
+        "name": "tiny stream",
+        "stream": {
+            "type": "random_labels",
+            "data": {"type": "packaged", "name": "digits"},
+            "num_images": 96,
+            "num_tasks": 6,
+            "epochs": 8,
+            "batch_size": 32,
+        },
+        "model": {"hidden": [8]},
+        "methods": [{"name": "relu"}],
+        "controls": [{"name": "vanilla"}, {"name": "scheduler", "scheduler": {}}],
+        "seeds": [0, 1],
+        "signals": {"log_every": 4, "control_every": 4, "rank_samples": 8},
+        "tasks_per_unit": 2,
+    }
+
+
 def spec_of(series_spec: dict[str, Any], job: str) -> dict[str, Any]:
     """The job file of a kind, by the name its test gives it."""
     if job == "series":
         return series_spec
+    if job == "stream":
+        return stream_of()
     return grid_of(series_spec) if job == "grid" else scan_of(series_spec, job.split()[0])
 
 
 def numbers(results: list[AnyUnitResult]) -> list[Any]:
     """Everything measured or trained; durations, memory and what a process keeps left out."""
-    return [
-        {
-            "ran": r.outcome,
-            "shares": r.shares,
-            "train_losses": r.train_losses,
-            "first_batch_sha256": r.first_batch_sha256,
-            "tasks": [task.model_dump() for task in r.tasks],
+    return [_numbers_of(result) for result in results]
+
+
+def _numbers_of(result: AnyUnitResult) -> Any:
+    if isinstance(result, ContinualUnitResult):
+        return [record.model_dump() for record in result.runs]
+    if isinstance(result, MixTrainUnitResult):
+        return {
+            "ran": result.outcome,
+            "shares": result.shares,
+            "train_losses": result.train_losses,
+            "first_batch_sha256": result.first_batch_sha256,
+            "tasks": [task.model_dump() for task in result.tasks],
         }
-        if isinstance(r, MixTrainUnitResult)
-        else [m.model_dump(exclude={"duration_s"}) for m in r.measurements]
-        for r in results
-    ]
+    return [m.model_dump(exclude={"duration_s"}) for m in result.measurements]
 
 
 def measured_here(plan: Plan, spec: JobSpec) -> list[AnyUnitResult]:
@@ -90,11 +118,12 @@ def measured_here(plan: Plan, spec: JobSpec) -> list[AnyUnitResult]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["series", "shared scan", "exact scan", "grid"])
+@pytest.mark.parametrize("job", ["series", "shared scan", "exact scan", "grid", "stream"])
 def test_a_killed_and_resumed_job_gives_bit_for_bit_the_same_numbers(
-    lab, series_spec, monkeypatch, job
+    lab, series_spec, monkeypatch, job, tmp_path
 ):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PROBE_CACHE_DIR", str(tmp_path / "of-the-job"))
     spec = parse_spec(spec_of(series_spec, job))
     plan = make_plan(spec)
     job_id = lab.store.create_job(plan=plan, idempotency_key=None, body_sha256="0")[0].id
@@ -107,6 +136,9 @@ def test_a_killed_and_resumed_job_gives_bit_for_bit_the_same_numbers(
     view = lab.until_status(job_id, "succeeded", "failed")
     assert view.status == "succeeded", view.error
     assert 1 <= num_kept < len(plan.units)
+    monkeypatch.setenv(
+        "PROBE_CACHE_DIR", str(tmp_path / "elsewhere")
+    )  # what the job kept is not used
     assert numbers(lab.store.unit_results(job_id)) == numbers(measured_here(plan, spec))
     events = lab.store.events_after(job_id, 0)
     started = [event.data["index"] for event in events if event.type == "unit.started"]
