@@ -33,6 +33,9 @@ class MixtureRule(Protocol):
     def begin_repeat(self, by_source: Sequence[Gradients]) -> None:
         """The gradients of the step that is measured, one list per source."""
 
+    def end_repeat(self) -> None:
+        """Let go of what only this repeat needs, before the next one's gradients are made."""
+
     def direction(self, shares: Sequence[float]) -> list[Tensor]:
         """Delta of the step at these shares, aligned with the model's shards.
 
@@ -77,6 +80,9 @@ class WarmupMixtures:
         """As `warm_up`: the measured step's gradients stay in the moments."""
         for index in range(len(self._model.shards)):
             self._moments.absorb(index, [grads[index] for grads in by_source])
+
+    def end_repeat(self) -> None:
+        """Nothing: its gradients are in the moments and nowhere else."""
 
     def direction(self, shares: Sequence[float]) -> list[Tensor]:
         """Delta at these shares. Cost: one pass over the moments."""
@@ -125,8 +131,12 @@ class CheckpointMixtures:
         """Nothing: saved moments need no warm-up."""
 
     def begin_repeat(self, by_source: Sequence[Gradients]) -> None:
-        """Hold the gradients until the next repeat."""
+        """Hold the gradients until the repeat ends."""
         self._by_source = by_source
+
+    def end_repeat(self) -> None:
+        """Let go of the gradients."""
+        self._by_source = []
 
     def direction(self, shares: Sequence[float]) -> list[Tensor]:
         """Delta at these shares. Cost: reads the saved moments, one shard after the other."""

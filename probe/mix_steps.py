@@ -73,6 +73,7 @@ class SharedSteps:
     def begin_repeat(self, repeat: int) -> list[str]:
         """One gradient of every source."""
         self._meter.report("gradient", repeat, self._spec.measurement.repeats)
+        self._rule.end_repeat()
         batches = self._batches(first_repeat_step(self._spec) + repeat)
         self._rule.begin_repeat(self._gradients(batches))
         return [batch.sha256 for batch in batches]

@@ -1,6 +1,7 @@
 """A mix scan on a real checkpoint, against AdamW and autograd on a dense fp64 twin."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from probe.mix_summary import summarise_scans
 from probe.result import Unit
 from probe.series import list_checkpoints
 from probe.spec_mix import MixScanSpec
+from probe.workbench import Opened
 
 SHARES = {0.0: [0.0, 1.0], 0.3: [0.3, 0.7], 1.0: [1.0, 0.0]}
 
@@ -199,6 +201,37 @@ def test_saved_moments_start_every_repeat(series, dense_loss, scan_spec):
         assert ours.outcome == theirs.outcome
         if ours.lambda_c is not None:
             assert ours.lambda_c == pytest.approx(theirs.lambda_c, rel=1 / 8)
+
+
+@pytest.mark.parametrize(
+    ("gradients", "moments", "at_once"),
+    [
+        ("shared", "warmup", [0, 1]),  # a step's first source, then its second beside the first
+        ("shared", "checkpoint", [0, 1]),
+        ("exact", "warmup", [0]),
+        ("exact", "checkpoint", [0]),
+    ],
+)
+def test_no_gradient_outlives_its_step(scan_spec, monkeypatch, gradients, moments, at_once):
+    """What a plan's memory counts on: how many stand beside the tasks' when another is made."""
+    made, beside = [], []
+    gradient = Opened.gradient
+
+    def counted(self, batch, meter):
+        beside.append(sum(earlier() is not None for earlier in made))
+        grads = gradient(self, batch, meter)
+        made.append(weakref.ref(grads[0]))
+        return grads
+
+    monkeypatch.setattr(Opened, "gradient", counted)
+    spec = scan_spec(
+        mixture__gradients=gradients,
+        mixture__ratios=[0.5],
+        optimizer={"betas": [0.9, 0.95], "warmup_steps": 3, "moments": moments},
+    )
+    MixSession(spec).measure(unit_of(spec, ratio=0.5 if gradients == "exact" else None))
+    num_steps = 2 + (3 if moments == "warmup" else 0)
+    assert beside == [0, 1] + [2 + n for n in at_once] * num_steps
 
 
 def test_a_scan_repeats_and_leaves_the_model_as_it_was(scan_spec):
