@@ -8,7 +8,7 @@ from probe.gpus import gpu_memory_bytes
 from probe.kinds import CheckpointJobSpec
 from probe.model_size import ModelSize
 from probe.result import Backend
-from probe.spec import AdamW, CheckpointSeriesSpec, ParallelOptions
+from probe.spec import AdamW, CheckpointSeriesSpec, Optimizer, ParallelOptions
 from probe.spec_mix import MixScanSpec
 from probe.spec_train import MixTrainSpec
 
@@ -133,23 +133,31 @@ def _kept_bytes(spec: CheckpointJobSpec, live: int) -> int:
 
 
 def _series_bytes(spec: CheckpointSeriesSpec) -> int:
-    """Per parameter, in fp32: direction, gradient, AdamW's moments, the held-out gradient."""
-    buffers = 2 + (2 if isinstance(spec.optimizer, AdamW) else 0)
-    buffers += 1 if spec.measurement.loss_batch != "update" else 0
-    return buffers * _FP32_BYTES
+    """Per parameter: what makes the direction, and the held-out gradient."""
+    held_out = 1 if spec.measurement.loss_batch != "update" else 0
+    return _step_bytes(spec.optimizer) + held_out * _FP32_BYTES
+
+
+def _step_bytes(optimizer: Optimizer) -> int:
+    """Per parameter, in fp32: a gradient that turns into the direction, and AdamW's moments.
+
+    Weight by weight, the gradient goes as the direction comes; moments that a checkpoint saved are
+    read as they are needed. `moments: auto` counts as accumulated ones, which are kept.
+    """
+    keeps_moments = isinstance(optimizer, AdamW) and optimizer.moments != "checkpoint"
+    return (3 if keeps_moments else 1) * _FP32_BYTES
 
 
 def _mix_bytes(spec: MixScanSpec) -> int:
     """Per parameter: every task's gradient, and what makes the direction.
 
-    Exact gradients: direction, gradient and two moments. Shared ones of S sources: S gradients at
-    a time and the S (S + 3) / 2 moments in `mixture.buffers`; a direction is made once the
-    gradients have entered them. With saved moments, which are read as needed: S gradients and the
-    direction. `moments: auto` counts as accumulated ones, which take more.
+    Exact gradients: as a series. Shared ones of S sources: S gradients at a time and the
+    S (S + 3) / 2 moments in `mixture.buffers`; a direction is made once the gradients have entered
+    them. With saved moments, which are read as needed: S gradients and the direction.
     """
     tasks = len(spec.eval_tasks) * _FP32_BYTES
     if spec.mixture.gradients == "exact":
-        return tasks + 4 * _FP32_BYTES
+        return tasks + _step_bytes(spec.optimizer)
     num_sources = len(spec.mixture.sources)
     if spec.optimizer.moments == "checkpoint":
         return tasks + (num_sources + 1) * _FP32_BYTES

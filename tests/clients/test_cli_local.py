@@ -240,12 +240,12 @@ def test_run_plan_tells_the_memory_of_each_rank(probe: Any, job_file: Path) -> N
     words = ("run", str(job_file), "--plan", "--set", "parallel.ranks=2")
     shown = probe(*words).stdout
     assert "2, sharded with fsdp2" in shown
-    # 2 parameters: one of them 6 times in fp32 on each rank, and both while they are gathered
+    # 2 parameters: one of them 5 times in fp32 on each rank, and both while they are gathered
     assert "memory per rank" in shown
-    assert "32 B" in shown
+    assert "28 B" in shown
     plan = json.loads(probe(*words, "--json").stdout)
     assert (plan["backend"], plan["num_ranks"]) == ("fsdp2", 2)
-    assert (plan["memory_bytes_per_rank"], plan["memory_bytes"]) == (32, 64)
+    assert (plan["memory_bytes_per_rank"], plan["memory_bytes"]) == (28, 56)
 
 
 @pytest.mark.parametrize(

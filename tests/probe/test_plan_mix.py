@@ -121,8 +121,9 @@ FP32, BF16 = 4, 2
         # saved moments are read as needed: the sources' gradients and the direction
         ({}, {"moments": "checkpoint"}, (2 + 2 + 1) * FP32),
         ({}, {"moments": "auto"}, (2 + 2 + 5) * FP32),
-        # one gradient, the direction, two moments
-        ({"gradients": "exact"}, {}, (2 + 1 + 1 + 2) * FP32),
+        # the gradient, which turns into the direction, and two moments; or none that are kept
+        ({"gradients": "exact"}, {}, (2 + 1 + 2) * FP32),
+        ({"gradients": "exact"}, {"moments": "checkpoint"}, (2 + 1) * FP32),
     ],
 )
 def test_memory_of_one_rank(scan, mixture, optimizer, kept):
