@@ -144,6 +144,7 @@ def train_steps(
         loss, grads = opened.loss_and_gradient(next(batches), meter)
         run.losses.append(loss if math.isfinite(loss) else None)
         run.diverged = run.losses[-1] is None or not _stepped(optimizer, grads, rate)
+        del grads  # before the next gradient is made
         if run.diverged:
             break
         run.num_steps += 1
