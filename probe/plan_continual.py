@@ -12,6 +12,7 @@ from probe.image_sizes import ImageSizes, image_sizes
 from probe.kinds import image_files
 from probe.plan_parts import missing_file_notes, unit_id
 from probe.result import Plan, RunRef, Unit
+from probe.result_continual import LAYER_SIGNALS, RUN_SIGNALS
 from probe.spec_continual import Adam, ContinualLearningSpec, Control, Method
 from probe.spec_load import resolved, spec_sha256
 
@@ -25,6 +26,8 @@ EVALUATION_IMAGES = 1024  # of one forward pass after a task
 _USUAL_CLASSES = 10  # for the size of the last layer, where only the labels would tell
 # Runs of all units together: a plan lists them, and is stored and sent as a whole.
 _MAX_LISTED_RUNS = 100_000
+_BYTES_PER_NUMBER = 20  # of a result as JSON, measured
+_MAX_RESULT_BYTES = 200 * 2**20  # a worker hears no longer message than 256 MiB
 
 
 def activation_family(method: Method) -> str:
@@ -51,11 +54,13 @@ def expand_continual_units(spec: ContinualLearningSpec) -> list[Unit]:
     """One group of runs and one stretch of tasks each; a group's stretches follow each other.
 
     Raises:
-        ConfigError: There would be too many.
+        ConfigError: There would be too many, or one's result would be too large to be sent.
     """
     _check_number(spec)
+    groups = run_groups(spec)
+    _check_result_size(spec, max(map(len, groups)))
     units: list[Unit] = []
-    for number, runs in enumerate(run_groups(spec)):
+    for number, runs in enumerate(groups):
         for first in range(0, spec.stream.num_tasks, spec.tasks_per_unit):
             num_tasks = min(spec.tasks_per_unit, spec.stream.num_tasks - first)
             index = len(units)
@@ -126,6 +131,21 @@ def _check_number(spec: ContinualLearningSpec) -> None:
             f"{num_runs} runs (methods x controls x seeds) over {num_stretches} stretches of "
             f"tasks_per_unit {spec.tasks_per_unit} are {num_runs * num_stretches:,} results; at "
             f"most {_MAX_LISTED_RUNS:,} fit one job. Raise tasks_per_unit, or make several jobs."
+        )
+
+
+def _check_result_size(spec: ContinualLearningSpec, num_runs: int) -> None:
+    num_tasks = min(spec.tasks_per_unit, spec.stream.num_tasks)
+    num_windows = spec.signals.windows_per_task
+    num_layers = len(spec.model.hidden) + 2  # and the last one, and the whole network
+    of_window = len(LAYER_SIGNALS) * num_layers + len(RUN_SIGNALS)
+    num_bytes = num_runs * num_tasks * num_windows * of_window * _BYTES_PER_NUMBER
+    if num_bytes > _MAX_RESULT_BYTES:
+        raise ConfigError(
+            f"a unit of {num_runs} runs, {num_tasks} tasks and {num_windows} windows each would "
+            f"give a result of about {num_bytes / 2**20:,.0f} MiB; at most "
+            f"{_MAX_RESULT_BYTES / 2**20:,.0f} can be sent. Lower runs_per_unit, tasks_per_unit or "
+            "signals.windows_per_task."
         )
 
 

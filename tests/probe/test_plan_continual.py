@@ -181,6 +181,15 @@ def test_a_job_of_too_many_results_is_refused_before_they_are_listed(stream):
         expand_units(stream(stream__num_tasks=100_000, tasks_per_unit=1))
 
 
+def test_a_unit_whose_result_could_not_be_sent_is_refused(stream):
+    # 4 x 256 runs of one shape in a unit, 5 tasks, 100 windows, 14 signals of 4 layers and 5.
+    wide = {"seeds": list(range(256)), "runs_per_unit": 4096, "tasks_per_unit": 5}
+    with pytest.raises(ConfigError, match=r"1024 runs, 5 tasks and 100 windows.* 596 MiB"):
+        expand_units(stream(**wide, signals={"windows_per_task": 100}))
+    assert pytest.approx(596, abs=0.5) == 1024 * 5 * 100 * 61 * 20 / 2**20
+    assert len(expand_units(stream(**wide, signals={"windows_per_task": 10}))) == 1
+
+
 def test_wrong_fields_are_named_without_the_tags(stream):
     with pytest.raises(
         SpecError, match=r"^stream\.data\.image: unknown key; did you mean 'images'"
