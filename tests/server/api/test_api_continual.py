@@ -127,6 +127,14 @@ def test_what_leads_out_of_the_roots_is_refused(fence, tmp_path, field, path):
     assert fence(data) == ("path_not_allowed", [f"stream.data.{field}"])
 
 
+@pytest.mark.parametrize("path", ["~/a", "~root/a", "deeper/../../inside/a"])
+def test_a_home_is_no_directory_inside(fence, tmp_path, monkeypatch, path):
+    """Read from the home when it is opened, though here it looks like a relative path."""
+    monkeypatch.chdir(tmp_path / "inside")
+    assert fence({"type": "npz", "path": path}) == ("path_not_allowed", ["stream.data.path"])
+    assert fence({"type": "npz", "path": "a"}) == (None, [])
+
+
 def test_an_archive_outside_the_roots_is_refused(fence):
     assert fence({"type": "npz", "path": "/proc/self/environ"}) == (
         "path_not_allowed", ["stream.data.path"],
