@@ -249,6 +249,8 @@ def _overlay_rows(scan: MixScan, task: str) -> Rows:
 
 def _overlay_layers(rows: Rows, x: alt.X, y: alt.Y) -> list[Any]:
     ink = {"stroke": INK["light"][0], "strokeWidth": 1.4}
+    # Under the ink: it must show on a dark page too, where the axis reaches beyond the cells.
+    casing = {"stroke": _SAME, "strokeWidth": 3.6}
     tooltip = [
         "what:N",
         alt.Tooltip("ratio:Q", format=".4g"),
@@ -258,14 +260,18 @@ def _overlay_layers(rows: Rows, x: alt.X, y: alt.Y) -> list[Any]:
     layers = []
     curve = [r | {"eta_c": r["eta_c"] or None} for r in rows if r["what"] == "eta_c"]
     if any(row["eta_c"] for row in curve):
-        line = drawing_of(curve).mark_line(invalid="break-paths-show-domains", clip=True, **ink)
+        for pen in (casing, ink):
+            line = drawing_of(curve).mark_line(invalid="break-paths-show-domains", clip=True, **pen)
+            layers.append(line.encode(x=x, y=_at(y, "eta_c")))
         dots = drawing_of([row for row in curve if row["eta_c"]])
-        layers.append(line.encode(x=x, y=_at(y, "eta_c")))
         layers.append(dots.mark_point(size=30, fill=_SAME, opacity=1, **ink).encode(**places))
     hurt = [row for row in rows if row["eta_c"] == 0.0]
     if hurt:
-        cross = drawing_of(hurt).mark_point(shape="cross", size=70, filled=False, opacity=1, **ink)
-        layers.append(cross.encode(x=x, y=alt.value(_HEIGHT - 8), tooltip=tooltip))
+        for pen in (casing, ink):
+            cross = drawing_of(hurt).mark_point(
+                shape="cross", size=70, filled=False, opacity=1, **pen
+            )
+            layers.append(cross.encode(x=x, y=alt.value(_HEIGHT - 8), tooltip=tooltip))
     spot = [row for row in rows if row["what"] == "sweet spot"]
     if spot:
         mark = drawing_of(spot).mark_point(shape="diamond", size=110, fill="#F0E442", opacity=1)

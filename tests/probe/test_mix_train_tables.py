@@ -2,6 +2,7 @@
 
 import datetime as dt
 import json
+import re
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -274,6 +275,21 @@ def test_the_scan_is_drawn_over_the_runs_of_its_checkpoint(results):
     )
     alone = to_vega(train_chart(results, scan=[other.model_copy(update={"unit": elsewhere})]))
     assert not any("what" in row for rows in alone["datasets"].values() for row in rows)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_what_is_drawn_over_the_runs_shows_on_both_pages(results, theme):
+    """The axis reaches beyond the cells to an eta_c there: dark ink alone is lost on dark paper."""
+    vega = json.dumps(to_vega(train_chart(results, theme, scan=[scan_unit()])))
+    white, ink = (
+        '"stroke": "#FFFFFF", "strokeWidth": 3.6',
+        '"stroke": "#1B1F24", "strokeWidth": 1.4',
+    )
+    for mark in ('"shape": "cross"', '"type": "line"'):
+        drawn = [part for part in re.findall(r'"mark": {[^{}]*}', vega) if mark in part]
+        assert drawn
+        assert all(white in part for part in drawn[::2])
+        assert all(ink in part for part in drawn[1::2])
 
 
 def test_a_grid_of_one_run_and_one_that_only_diverged_still_draw():

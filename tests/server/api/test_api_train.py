@@ -146,6 +146,7 @@ def test_the_page_shows_every_run(client, trained):
     plain = " ".join(re.sub(r"<[^>]+>", " ", page).split())
     assert "0.5 0.001 -0.250 ±0.01 +4.0 ±1 +0.125 ±0.01 -2.0 ±1" in plain
     assert "0.5 0.01 diverged diverged diverged diverged" in plain
+    assert "; 1 with a run that diverged" in plain
     assert "0.5 web: at 0.001, the smallest learning rate, the loss of gsm8k_test rose" in plain
 
 
