@@ -21,16 +21,17 @@ _BOUND_COLORS = {
     "light": {"gradient": "#009E73", "curvature": "#8A6D00", "combined": "#D55E00"},
     "dark": {"gradient": "#3DD3A8", "curvature": "#F0E442", "combined": "#F0A030"},
 }
-# (title, signal, of a layer or of the run, whether on a log axis), of the whole network
+# (title, signal, of a layer or of the run, axis), of the whole network; `clipped` is a log axis
+# that leaves out the wildest values: the volatility is zero where the sharpness stands still.
 _SIGNALS = (
-    ("learning rate", "learning_rate", "layer", True),
-    ("top Hessian eigenvalue", "sharpness", "layer", True),
-    ("sharpness volatility", "volatility", "layer", True),
-    ("gradient norm", "gradient_norm", "layer", True),
-    ("weight norm", "weight_norm", "layer", False),
-    ("Hessian rank", "hessian_rank", "run", False),
-    ("unit-sign entropy, bits", "unit_sign_entropy", "run", False),
-    ("dead units, share", "dead_units", "run", False),
+    ("learning rate", "learning_rate", "layer", "log"),
+    ("top Hessian eigenvalue", "sharpness", "layer", "log"),
+    ("sharpness volatility", "volatility", "layer", "clipped"),
+    ("gradient norm", "gradient_norm", "layer", "log"),
+    ("weight norm", "weight_norm", "layer", "linear"),
+    ("Hessian rank", "hessian_rank", "run", "linear"),
+    ("unit-sign entropy, bits", "unit_sign_entropy", "run", "linear"),
+    ("dead units, share", "dead_units", "run", "linear"),
 )
 
 
@@ -171,17 +172,15 @@ def drawn_layers(num_layers: int) -> list[int]:
 
 def _signals(arms: list[Arm], color: alt.Color, datasets: Datasets) -> Any | None:
     panels = []
-    for title, signal, where, is_log in _SIGNALS:
+    for title, signal, where, axis in _SIGNALS:
         rows: Rows = []
         for arm in arms:
             line = run_line(arm, signal) if where == "run" else layer_line(arm, signal, -1)
-            rows += [row | {"series": clean(arm.control)} for row in line]
-        domain = clipped_domain(rows, None) if is_log else _linear_domain(rows)
+            rows += [row | {"series": clean(arm.control), "what": axis} for row in line]
+        domain = _linear_domain(rows) if axis == "linear" else clipped_domain(rows, {"log"})
         if domain is None:
             continue
-        if is_log:
-            panels.append(_small_panel(datasets, _positive(rows), _log_axis(domain), color, title))
-        else:
+        if axis == "linear":
             y = alt.Y(
                 "value:Q",
                 title=None,
@@ -189,6 +188,8 @@ def _signals(arms: list[Arm], color: alt.Color, datasets: Datasets) -> Any | Non
                 axis=_small_axis(),
             )
             panels.append(_small_panel(datasets, rows, y, color, title))
+        else:
+            panels.append(_small_panel(datasets, _positive(rows), _log_axis(domain), color, title))
     if not panels:
         return None
     return alt.concat(*panels, columns=_COLUMNS, spacing=12)

@@ -76,14 +76,14 @@ def run_line(arm: Arm, signal: str) -> Line:
 
 
 def clipped_domain(
-    rows: Sequence[dict[str, float | str | None]], whole: Iterable[str] | None
+    rows: Sequence[dict[str, float | str | None]], whole: Iterable[str]
 ) -> list[float] | None:
     """Limits of a log axis, or None without a positive value.
 
     Bounds shoot up where noise vanishes; so that the rest is seen, the smallest and largest few
     are left out, but of the series named by `what` in `whole` nothing is.
     """
-    kept = set(whole or ())
+    kept = set(whole)
     positive = [
         (value, row.get("what") in kept)
         for row in rows

@@ -212,7 +212,7 @@ def test_log_axes_leave_out_the_wildest_bounds_but_no_step():
     rows = [row(1.0, "bound")] * 38 + [row(1e9, "bound"), row(0.01, "step"), row(None, "bound")]
     low, high = clipped_domain(rows, {"step"})
     assert (low, high) == (pytest.approx(0.01 / 1.3), pytest.approx(1.3))
-    assert clipped_domain([row(0.0, "step"), row(None, "step")], None) is None
+    assert clipped_domain([row(0.0, "step"), row(None, "step")], ()) is None
 
 
 def test_deep_networks_show_four_columns():
