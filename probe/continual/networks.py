@@ -233,9 +233,10 @@ class BatchedMlp:
             return torch.relu(torch.cat([z, -z], dim=2))
         if self.shape.activation == "tanh":
             return torch.tanh(z)
-        if isinstance(self.slope, float) and self.slope == 0:
-            return torch.relu(z)
-        return torch.maximum(z, self.slope * z)  # slopes are within 0 .. 1
+        if isinstance(self.slope, float):
+            return torch.relu(z) if self.slope == 0 else F.leaky_relu(z, self.slope)
+        # A product with constants: its derivative at a kink is the slope below, as that of torch.
+        return z * torch.where(z > 0, torch.ones_like(self.slope), self.slope)
 
     def _normalize(self, z: Tensor, number: int, training: bool, update_running: bool) -> Tensor:
         if self.shape.normalization == "layer":

@@ -149,3 +149,14 @@ def test_a_diverged_network_leaves_its_neighbours_alone():
     expected = network.forward(network.leaves(parameters), x)[1].detach()
     parameters[0] = torch.nan
     assert torch.equal(network.forward(network.leaves(parameters), x)[1], expected)
+
+
+@pytest.mark.parametrize("slopes", [(0.0,) * 3, (0.3,) * 3, (1.0,) * 3, (0.0, 0.3, 1.0)])
+def test_at_a_kink_the_slope_is_that_below_whatever_stands_beside(slopes):
+    network = BatchedMlp(NetworkShape(2, (1,), 2, "sloped", "none"), slopes, CPU)
+    z = torch.zeros(3, 1, 1, requires_grad=True)
+    (found,) = torch.autograd.grad(network.activate(z).sum(), z)
+    for run, slope in enumerate(slopes):
+        own = torch.zeros(1, requires_grad=True)
+        (expected,) = torch.autograd.grad(nn.LeakyReLU(slope)(own).sum(), own)
+        assert found[run].item() == expected.item()
