@@ -147,10 +147,10 @@ class BatchedMlp:
         mean = torch.zeros(self.num_runs, units, device=self.device)
         return torch.stack([mean, torch.ones_like(mean)])
 
-    def layer_of_parameter(self) -> Tensor:
-        """(P,) number of the layer each column belongs to."""
-        sizes = torch.tensor([layer.stop - layer.start for layer in self.layers])
-        return torch.repeat_interleave(torch.arange(len(self.layers)), sizes).to(self.device)
+    @property
+    def columns(self) -> list[tuple[int, int]]:
+        """(start, stop) of every layer in the flat parameters."""
+        return [(layer.start, layer.stop) for layer in self.layers]
 
     def initial_parameters(self, draws: Sequence[np.random.Generator]) -> Tensor:
         """(R, P) new parameters as `torch.nn.Linear` draws them: uniform within 1 / sqrt(in).
@@ -259,6 +259,8 @@ def batched_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     On the CPU a batched product gives each matrix to one thread, so that threads idle where their
     number does not divide R; one product after the other, each on all threads, is then faster.
     """
+    if len(x) == 1:  # plain views: nothing is copied, forward or backward
+        return torch.addmm(bias.squeeze(0), x.squeeze(0), weight.squeeze(0).t()).unsqueeze(0)
     if x.is_cpu and len(x) % torch.get_num_threads() != 0:
         runs = zip(bias.unbind(), x.unbind(), weight.unbind(), strict=True)
         return torch.stack([torch.addmm(b, inputs, w.t()) for b, inputs, w in runs])

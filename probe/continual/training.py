@@ -20,13 +20,13 @@ from probe.continual.regularizers import Term, terms_of
 from probe.continual.scheduler import SchedulerGroup
 from probe.continual.signals import SignalTracker
 from probe.continual.streams import Task, TaskStream
-from probe.plan_continual import activation_family
+from probe.errors import ConfigError
+from probe.plan_continual import EVALUATION_IMAGES, activation_family
 from probe.result import RunRef
 from probe.result_continual import RunTask
 from probe.spec_continual import ContinualLearningSpec, Method
 
 OnStep = Callable[[int], None]
-_EVALUATION_IMAGES = 1024
 
 
 class GroupTrainer:
@@ -43,7 +43,8 @@ class GroupTrainer:
         steps_per_task: Gradient steps of a task.
 
     Raises:
-        ConfigError: The stream asks for more images than there are.
+        ConfigError: The stream asks for more images than there are, or its last batch holds one
+            image and a method normalises over batches.
     """
 
     def __init__(
@@ -57,6 +58,9 @@ class GroupTrainer:
         methods = [spec.method(run.method) for run in runs]
         controls = [spec.control(run.control) for run in runs]
         self.stream = TaskStream(spec.stream, images, [run.seed for run in runs], device)
+        fault = spec.fault_of_last_batch(self.stream.num_images)
+        if fault is not None:
+            raise ConfigError(fault)
         self._epochs = spec.epochs_of(controls[0])
         self.steps_per_task = self._epochs * self.stream.num_batches
         shape = NetworkShape(
@@ -71,9 +75,7 @@ class GroupTrainer:
         self.parameters = self._initial.clone()
         rates = [method.learning_rate or spec.optimizer.learning_rate for method in methods]
         self._rates = initial_learning_rates(rates, len(self.network.layers), device)
-        self.optimizer = FlatOptimizer(
-            spec.optimizer, self._rates.clone(), self.network.layer_of_parameter()
-        )
+        self.optimizer = FlatOptimizer(spec.optimizer, self._rates, self.network.columns)
         places = [place for layer in self.network.layers for place in layer.places]
         self._terms: list[Term] = terms_of(methods, places, self._initial)
         self._scheduler = SchedulerGroup(
@@ -200,7 +202,7 @@ class GroupTrainer:
         sums = torch.zeros(2, len(self.runs), dtype=torch.float64, device=self._device)
         everything = torch.arange(self.stream.num_images, device=self._device)
         rows = everything.expand(len(self.runs), -1)
-        for index in torch.split(rows, _EVALUATION_IMAGES, dim=1):
+        for index in torch.split(rows, EVALUATION_IMAGES, dim=1):
             x, y = self.stream.batch(self._task, index)
             logits = self.network.forward(self._leaves, x, training=False)
             sums[0] += (logits.argmax(dim=2) == y).sum(dim=1)
@@ -211,7 +213,7 @@ class GroupTrainer:
     @property
     def num_evaluation_passes(self) -> int:
         """Forward passes of the evaluation after a task, each run's counted."""
-        return -(-self.stream.num_images // _EVALUATION_IMAGES) * len(self.runs)
+        return -(-self.stream.num_images // EVALUATION_IMAGES) * len(self.runs)
 
     def _drawn_parameters(self, task: int) -> Tensor:
         draws = [generator_for("parameters", run.seed, task) for run in self.runs]

@@ -6,7 +6,7 @@ import torch
 from probe.continual.flat_optimizer import FlatOptimizer, initial_learning_rates
 from probe.spec_continual import Adam, PlainSgd
 
-LAYER = torch.tensor([0, 0, 0, 1, 1])
+LAYERS = [(0, 3), (3, 5)]
 RATES = torch.tensor([[0.1, 0.01], [0.2, 0.3]])
 
 
@@ -28,7 +28,7 @@ def gradients(num_steps: int) -> torch.Tensor:
 def test_steps_are_those_of_torch(options, stock):
     start = torch.arange(10, dtype=torch.float32).view(2, 5)
     own = start.clone()
-    optimizer = FlatOptimizer(options, RATES.clone(), LAYER)
+    optimizer = FlatOptimizer(options, RATES, LAYERS)
     twins = [
         [torch.nn.Parameter(start[run, :3].clone()), torch.nn.Parameter(start[run, 3:].clone())]
         for run in range(2)
@@ -38,7 +38,7 @@ def test_steps_are_those_of_torch(options, stock):
         for run in range(2)
     ]
     for gradient in gradients(20):
-        optimizer.step(own, gradient)
+        optimizer.step(own, gradient.clone())
         for run in range(2):
             twins[run][0].grad, twins[run][1].grad = gradient[run, :3], gradient[run, 3:]
             stocks[run].step()
@@ -49,39 +49,39 @@ def test_steps_are_those_of_torch(options, stock):
 
 def test_a_new_learning_rate_holds_from_the_next_step_on():
     own = torch.zeros(2, 5)
-    optimizer = FlatOptimizer(PlainSgd(name="sgd"), RATES.clone(), LAYER)
+    optimizer = FlatOptimizer(PlainSgd(name="sgd"), RATES, LAYERS)
     optimizer.set_learning_rate(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     optimizer.step(own, torch.ones(2, 5))
     assert own.tolist() == [[-1, -1, -1, -2, -2], [-3, -3, -3, -4, -4]]
 
 
 def test_a_reset_network_is_as_new_and_the_others_go_on():
-    optimizer = FlatOptimizer(Adam(), RATES.clone(), LAYER)
-    fresh = FlatOptimizer(Adam(), RATES.clone(), LAYER)
+    optimizer = FlatOptimizer(Adam(), RATES, LAYERS)
+    fresh = FlatOptimizer(Adam(), RATES, LAYERS)
     own = torch.zeros(2, 5)
     for gradient in gradients(3):
-        optimizer.step(own, gradient)
+        optimizer.step(own, gradient.clone())
     before = optimizer.exp_avg_sq[1].clone()
     optimizer.reset(torch.tensor([True, False]))
     assert optimizer.num_steps.tolist() == [0, 3]
     assert torch.equal(optimizer.exp_avg_sq[1], before)
     a, b = torch.zeros(2, 5), torch.zeros(2, 5)
     gradient = gradients(1)[0]
-    optimizer.step(a, gradient)
+    optimizer.step(a, gradient.clone())
     fresh.step(b, gradient)
     assert torch.equal(a[0], b[0])
     assert not torch.equal(a[1], b[1])
 
 
 def test_a_saved_optimizer_goes_on_bit_for_bit():
-    one, other = (FlatOptimizer(Adam(), RATES.clone(), LAYER) for _ in range(2))
+    one, other = (FlatOptimizer(Adam(), RATES, LAYERS) for _ in range(2))
     own = torch.zeros(2, 5)
     first, second = gradients(2)
     one.step(own, first)
     one.set_learning_rate(RATES * 0.5)
     copy = own.clone()
     other.load({name: value.clone() for name, value in one.state().items()})
-    one.step(own, second)
+    one.step(own, second.clone())
     other.step(copy, second)
     assert torch.equal(own, copy)
 

@@ -23,7 +23,7 @@ OF_TRAINING = {"accuracy", "loss"}  # a step's by-product, not a measurement's
 
 def flat_optimizer(case: Case, kind: Adam | PlainSgd) -> FlatOptimizer:
     rates = torch.tensor(RATES)[: case.network.num_runs]
-    return FlatOptimizer(kind, rates, case.network.layer_of_parameter())
+    return FlatOptimizer(kind, rates, case.network.columns)
 
 
 def train(case: Case, optimizer: FlatOptimizer, num_steps: int) -> None:
