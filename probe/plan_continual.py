@@ -166,6 +166,8 @@ def _sizes(spec: ContinualLearningSpec) -> tuple[ImageSizes | None, list[str]]:
         notes.append(
             f"stream.num_images is {wanted}, the data holds {sizes.num_images}: units will fail"
         )
+    elif wanted is None and (fault := spec.fault_of_last_batch(sizes.num_images)) is not None:
+        notes.append(f"{fault} As it is, units will fail")
     if sizes.num_classes is None:
         notes.append(f"parameters and memory are counted with {_USUAL_CLASSES} classes")
     return sizes, notes

@@ -262,7 +262,25 @@ class ContinualLearningSpec(SpecModel):
             raise ValueError(
                 f"stream.batch_size is {self.stream.batch_size}, stream.num_images {images}"
             )
+        fault = None if images is None else self.fault_of_last_batch(images)
+        if fault is not None:
+            raise ValueError(fault)
         return self
+
+    def fault_of_last_batch(self, num_images: int) -> str | None:
+        """What is wrong with an epoch's last batch of so many images; None: nothing.
+
+        One image alone has no variance: batch normalisation would make all its units equal to
+        their shifts and take 0 into the running variance.
+        """
+        is_batch = any(method.normalization == "batch" for method in self.methods)
+        if not is_batch or num_images % self.stream.batch_size != 1:
+            return None
+        return (
+            f"{num_images} images in batches of {self.stream.batch_size} leave a last batch of one "
+            "image, of which normalization: batch has no variance. Change stream.num_images or "
+            "stream.batch_size by one."
+        )
 
     def method(self, name: str) -> Method:
         """The method of this name."""

@@ -59,11 +59,15 @@ def test_steps_and_passes_are_counted_by_hand(stream):
     assert whole.num_forward_passes == 8 * 5 * 2
 
 
-def test_an_evaluation_pass_is_as_large_as_the_engines():
-    from probe.continual import training
-    from probe.plan_continual import EVALUATION_IMAGES
-
-    assert EVALUATION_IMAGES == training._EVALUATION_IMAGES
+def test_a_last_batch_of_one_image_is_refused_under_batch_normalisation(stream):
+    normalised = [{"name": "m", "normalization": "batch"}]
+    with pytest.raises(SpecError, match="97 images in batches of 32 leave a last batch of one"):
+        stream(methods=normalised, stream__num_images=97)
+    stream(methods=normalised, stream__num_images=98)
+    stream(methods=[{"name": "m", "normalization": "layer"}], stream__num_images=97)
+    # The data's 1,797 images are known to the plan only.
+    spec = stream(methods=normalised, stream__num_images=None, stream__batch_size=449)
+    assert any("last batch of one image" in note for note in make_plan(spec).notes)
 
 
 def test_memory_is_what_the_largest_group_keeps(stream):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from probe.continual.draws import generator_for
 from probe.continual.training import GroupTrainer
+from probe.errors import ConfigError
 from probe.plan_continual import run_groups
 from probe.result import RunRef
 from probe.result_continual import RunTask
@@ -134,6 +135,14 @@ def test_a_resumed_group_goes_on_bit_for_bit():
         assert resumed.train_task() == expected
         state = {name: value.clone() for name, value in resumed.state().items()}
     assert torch.equal(resumed.parameters, straight.parameters)
+
+
+def test_a_last_batch_of_one_image_is_refused_under_batch_normalisation():
+    method = {"name": "plain", "normalization": "batch"}
+    stream = small_spec().stream.model_copy(update={"batch_size": 3})
+    spec = small_spec(methods=[method], stream=stream)
+    with pytest.raises(ConfigError, match="40 images in batches of 3 leave a last batch of one"):
+        trainer_of(spec)
 
 
 def test_reset_at_task_begins_with_new_parameters_and_a_new_optimizer():
