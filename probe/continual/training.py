@@ -75,9 +75,7 @@ class GroupTrainer:
         self.parameters = self._initial.clone()
         rates = [method.learning_rate or spec.optimizer.learning_rate for method in methods]
         self._rates = initial_learning_rates(rates, len(self.network.layers), device)
-        self.optimizer = FlatOptimizer(
-            spec.optimizer, self._rates.clone(), self.network.layer_of_parameter()
-        )
+        self.optimizer = FlatOptimizer(spec.optimizer, self._rates, self.network.columns)
         places = [place for layer in self.network.layers for place in layer.places]
         self._terms: list[Term] = terms_of(methods, places, self._initial)
         self._scheduler = SchedulerGroup(
