@@ -118,7 +118,7 @@ class TopEigenvalues:
     def _normalize(self, is_new: Tensor) -> None:
         rows = is_new.unsqueeze(1)
         for vectors, columns in ((self.layers, self._blocks), (self.whole, self._everything)):
-            norms = _dots(vectors, vectors, columns).sqrt()
+            norms = _norms(vectors, columns)
             vectors.copy_(torch.where(rows, _scaled(vectors, 1 / norms, columns), vectors))
 
 
@@ -166,12 +166,13 @@ def _best_of_iterates(
         image = product(current)
         diagonal.append(_dots(current, image, columns))
         if step == 0:
-            scale = _dots(image, image, columns).sqrt()
+            scale = _norms(image, columns)
         for _ in range(2):  # twice is enough for orthogonality to rounding
             _subtract_projections(image, kept[:, : step + 1], columns)
-        norms = _dots(image, image, columns).sqrt()
+        norms = _norms(image, columns)
         scale = torch.maximum(scale, norms)
-        norms = torch.where(norms > _EXHAUSTED * scale, norms, torch.zeros_like(norms))
+        is_left = (norms > _EXHAUSTED * scale) & (norms > torch.finfo(start.dtype).tiny)
+        norms = torch.where(is_left, norms, torch.zeros_like(norms))
         beside.append(norms)
         if step + 1 < size:
             inverse = torch.where(norms == 0, norms, 1 / norms)
@@ -182,7 +183,7 @@ def _best_of_iterates(
     for number, (first, last) in enumerate(columns):
         weight = weights[:, number].unsqueeze(1).to(start.dtype)
         torch.bmm(weight, kept[:, :, first:last], out=vectors[:, None, first:last])
-    norms = _dots(vectors, vectors, columns).sqrt()
+    norms = _norms(vectors, columns)
     return values, residuals, _scaled(vectors, 1 / norms, columns)
 
 
@@ -212,6 +213,14 @@ def _dots(a: Tensor, b: Tensor, columns: Columns) -> Tensor:
     """(R, S) inner products within each of `columns`, float64."""
     parts = [torch.einsum("rp,rp->r", a[:, i:j], b[:, i:j]) for i, j in columns]
     return torch.stack(parts, dim=1).double()
+
+
+def _norms(vectors: Tensor, columns: Columns) -> Tensor:
+    """(R, S) norms within each of `columns`, float64: float32 has no squares below 1e-45."""
+    parts = [
+        torch.linalg.vector_norm(vectors[:, i:j], dim=1, dtype=torch.float64) for i, j in columns
+    ]
+    return torch.stack(parts, dim=1)
 
 
 def _scaled(vectors: Tensor, factors: Tensor, columns: Columns) -> Tensor:

@@ -305,6 +305,19 @@ def sums_by_layer(network: BatchedMlp, values: Tensor) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
+def squares_by_layer(network: BatchedMlp, values: Tensor) -> Tensor:
+    """(R, L) sums of the squares of (R, P) over every layer's columns, in float64.
+
+    Squared after conversion: in float32 the square of less than 1e-23 is 0, and gradients of a
+    batch that is learned by heart come to that.
+    """
+    norms = [
+        torch.linalg.vector_norm(values[:, layer.start : layer.stop], dim=1, dtype=torch.float64)
+        for layer in network.layers
+    ]
+    return torch.stack(norms, dim=1).square()
+
+
 def with_whole(layers: Tensor) -> Tensor:
     """(R, L) -> (R, L + 1): the sum over layers as the last column."""
     return torch.cat([layers, layers.sum(dim=1, keepdim=True)], dim=1)

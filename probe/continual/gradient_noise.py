@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from probe.continual.derivatives import BatchDerivatives, Deltas, sums_by_layer, with_whole
+from probe.continual.derivatives import BatchDerivatives, Deltas, squares_by_layer, with_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,11 @@ def gradient_noise(derivatives: BatchDerivatives) -> GradientNoise:
     """
     network = derivatives.network
     own = derivatives.deltas
-    gradient_squared = sums_by_layer(network, derivatives.gradient(own).square())
+    gradient_squared = squares_by_layer(network, derivatives.gradient(own))
     single = derivatives.sample_deltas
     mean_squared = gradient_squared
     if single is not own:
-        mean_squared = sums_by_layer(network, derivatives.gradient(single).square())
+        mean_squared = squares_by_layer(network, derivatives.gradient(single))
     squares = _mean_squares(derivatives, single)
     # A clamp from below keeps NaN: a run that diverged has no variance.
     variance = (with_whole(squares) - with_whole(mean_squared)).clamp(min=0)

@@ -30,7 +30,7 @@ def hessian_rank(derivatives: BatchDerivatives, num_samples: int) -> Tensor:
 
     Cost: M^2 products of the layers' widths; eigenvalues of R matrices M x M.
     """
-    gram = gradient_gram(derivatives, num_samples).double()
+    gram = gradient_gram(derivatives, num_samples)
     trace = gram.diagonal(dim1=1, dim2=2).sum(dim=1)
     exists = gram.isfinite().all(dim=2).all(dim=1) & (trace > 0)
     # The solver refuses a whole batch for one matrix that is not finite.
@@ -43,7 +43,7 @@ def hessian_rank(derivatives: BatchDerivatives, num_samples: int) -> Tensor:
 
 @torch.no_grad()
 def gradient_gram(derivatives: BatchDerivatives, num_samples: int) -> Tensor:
-    """(R, M, M) inner products of the gradients of the batch's first M samples."""
+    """(R, M, M) inner products of the gradients of the batch's first M samples, float64."""
     deltas = derivatives.sample_deltas
     pairs: list[Tensor] = []
     for number, inputs in enumerate(derivatives.trace.inputs):
@@ -58,4 +58,5 @@ def gradient_gram(derivatives: BatchDerivatives, num_samples: int) -> Tensor:
 
 
 def _gram(rows: Tensor) -> Tensor:
+    rows = rows.double()  # products of float32 below 1e-38 would be 0
     return rows @ rows.transpose(1, 2)

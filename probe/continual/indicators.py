@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from probe.continual.derivatives import sums_by_layer, with_whole
+from probe.continual.derivatives import squares_by_layer, with_whole
 from probe.continual.networks import BatchedMlp
 
 
@@ -44,4 +44,4 @@ def unit_signs(pre_activations: list[Tensor]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def weight_norms(network: BatchedMlp, parameters: Tensor) -> Tensor:
     """(R, L + 1) Euclidean norm of every layer's parameters, of the whole network last."""
-    return with_whole(sums_by_layer(network, parameters.square())).sqrt()
+    return with_whole(squares_by_layer(network, parameters)).sqrt()

@@ -47,6 +47,14 @@ def test_converges_to_the_largest_eigenvalue_of_every_block(
     assert (residuals < 3e-3).all()
 
 
+def test_iterates_go_on_where_their_squares_are_zero_in_float32() -> None:
+    operator = symmetric([3.0, 2.0, 1.0, 0.5], seed=1).float()
+    start = unit_vector(4, seed=2).float()
+    expected, _, _ = top_eigenpairs(lambda v: v @ operator, start, [(0, 4)], 3)
+    found, _, _ = top_eigenpairs(lambda v: v @ (1e-26 * operator), start, [(0, 4)], 3)
+    torch.testing.assert_close(found * 1e26, expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("iterations", [1, 2, 5, 7, 8, 15])
 def test_residual_is_that_of_the_vector_it_leaves(iterations: int) -> None:
     hessian = symmetric([3, 2.9, 2.5, 1, 0.5, 0.2, 0.1, 0, 0, -0.3, -0.5, -1], seed=3)

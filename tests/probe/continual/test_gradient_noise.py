@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_networks import KINDS, make_case
+from small_networks import KINDS, make_case, make_certain_case
 
 from probe.continual.gradient_noise import gradient_noise
 
@@ -63,6 +63,16 @@ def test_float32_loses_nothing_that_matters_where_noise_is_small() -> None:
     assert (exact.variance < 1e-2 * exact.gradient_squared).all()
     error = (rounded.variance - exact.variance).abs()
     assert (error <= 1e-6 * exact.gradient_squared).all()
+
+
+def test_float32_of_a_batch_learned_by_heart() -> None:
+    exact = gradient_noise(make_certain_case(torch.float64).derivatives())
+    found = gradient_noise(make_certain_case(torch.float32).derivatives())
+    assert (exact.gradient_squared < 1e-47).all()
+    # Logits of 60 are rounded to 4e-6, which is the relative error of exp(-60), twice squared.
+    for name in ("gradient_squared", "variance"):
+        ratio = getattr(found, name) / getattr(exact, name)
+        torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=1e-4, atol=0)
 
 
 def test_a_run_that_diverged_has_no_variance_and_its_neighbours_theirs() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_networks import KINDS, make_case
+from small_networks import KINDS, make_case, make_certain_case
 
 from probe.continual.hessian_rank import gradient_gram, hessian_rank
 
@@ -46,6 +46,12 @@ def test_a_small_batch_is_taken_whole() -> None:
     derivatives = case.derivatives()
     assert torch.equal(hessian_rank(derivatives, 100), hessian_rank(derivatives, 7))
     assert gradient_gram(derivatives, 100).shape == (3, 7, 7)
+
+
+def test_float32_of_a_batch_learned_by_heart() -> None:
+    exact = hessian_rank(make_certain_case(torch.float64).derivatives(), 64)
+    found = hessian_rank(make_certain_case(torch.float32).derivatives(), 64)
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=0)  # logits of 60: to 4e-6
 
 
 def test_no_rank_without_gradients_and_neighbours_keep_theirs() -> None:

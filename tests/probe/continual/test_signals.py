@@ -245,7 +245,7 @@ def test_a_run_does_not_depend_on_the_runs_beside_it(activation: str, normalizat
     # Signals of one and the same point: training would amplify rounding.
     gradient = torch.randn(case.parameters.shape, generator=torch.Generator().manual_seed(5))
     kept = alone.parameters.clone()
-    optimizers[0].step(case.parameters, gradient)
+    optimizers[0].step(case.parameters, gradient.clone())
     optimizers[1].step(alone.parameters, gradient[1:2])
     torch.testing.assert_close(case.parameters[1:2], alone.parameters)
     assert not torch.equal(kept, alone.parameters)
