@@ -57,14 +57,15 @@ class RunTask(ResultModel):
 
     task: int = Field(ge=0, description="From 0.")
     outcome: TaskOutcome = Field(
-        description="diverged: a loss was NaN or infinite, in this task or an earlier one."
+        description="diverged: a loss of this task was NaN or infinite. Until it is reset a run "
+        "stays so."
     )
     accuracy: float | None = Field(
-        description="Mean over the task's steps of the share of the batch that was right before "
-        "the step: the average task accuracy."
+        description="Share of the images of all the task's batches that were right before their "
+        "step: the average task accuracy."
     )
     accuracy_end: float | None = Field(description="Over all the task's images after its end.")
-    loss: float | None = Field(description="Cross-entropy, mean over the steps, nats.")
+    loss: float | None = Field(description="Cross-entropy, mean over the same images, nats.")
     loss_end: float | None = Field(description="Over all the task's images after its end.")
     violation_share: dict[Bound, float] | None = Field(
         description="Share of the task's measurements in which some layer's effective step was "

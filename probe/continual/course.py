@@ -22,8 +22,8 @@ class TaskCourse:
         num_windows: Rows to keep; fewer where there are fewer steps.
         num_runs: R.
         num_layers: L; signals have a column more, for the whole network.
-        sums: (2, R) float64, right answers and losses; whoever trains adds every step to it. Is
-            set to 0 here and at every window's end.
+        sums: (2, R) float64, right answers and losses summed over images; whoever trains adds
+            every step to it. Is set to 0 here and at every window's end.
     """
 
     def __init__(
@@ -42,12 +42,13 @@ class TaskCourse:
         ]
         self._num_runs, self._num_columns = num_runs, num_layers + 1
         self.sums = sums.zero_()
-        self._num_steps = self._num_images = 0
+        self._num_images = 0
         self._measurements: list[Measurement] = []
-        self._violations = torch.zeros(num_runs, len(get_args(Bound)), device=sums.device)
+        num_bounds = len(get_args(Bound))
+        self._violations = torch.zeros(num_runs, num_bounds, dtype=torch.int64, device=sums.device)
         self._num_measurements = 0
         self._rows: list[list[float]] = []  # per window, per run: accuracy, loss
-        self._weights: list[tuple[int, int]] = []  # per window: images, steps
+        self._weights: list[int] = []  # images per window
         self._runs: dict[str, list[list[float]]] = {name: [] for name in _MEASURED_OF_RUNS}
         self._layers: dict[str, list[list[list[float]]]] = {name: [] for name in LAYER_SIGNALS}
 
@@ -59,7 +60,6 @@ class TaskCourse:
     def count_step(self, batch_size: int) -> None:
         """One step has been added to the sums."""
         self._num_images += batch_size
-        self._num_steps += 1
 
     def add_measurement(self, measurement: Measurement) -> None:
         """Signals measured since the last window ended."""
@@ -69,18 +69,16 @@ class TaskCourse:
 
     def end_window(self) -> None:
         """Close the current window. Cost: waits for the device."""
-        num_correct, losses = self.sums.tolist()
-        accuracy = [value / self._num_images for value in num_correct]
-        loss = [value / self._num_steps for value in losses]
+        accuracy, loss = (self.sums / self._num_images).tolist()
         self._rows.append([*accuracy, *loss])
-        self._weights.append((self._num_images, self._num_steps))
+        self._weights.append(self._num_images)
         for name, rows in self._runs.items():
             rows.append(_median([m.runs[name] for m in self._measurements], self._num_runs))
         for name, columns in self._layers.items():
             values = [m.layers[name] for m in self._measurements]
             columns.append(_median(values, (self._num_runs, self._num_columns)))
         self.sums.zero_()
-        self._num_images = self._num_steps = 0
+        self._num_images = 0
         self._measurements.clear()
 
     def results(self, end: Sequence[tuple[float, float]]) -> list[RunTask]:
@@ -89,7 +87,7 @@ class TaskCourse:
         Args:
             end: Per run: accuracy and loss over all images after the task.
         """
-        shares = (self._violations / max(1, self._num_measurements)).tolist()
+        shares = (self._violations.double() / max(1, self._num_measurements)).tolist()
         return [self._result(run, *end[run], shares[run]) for run in range(self._num_runs)]
 
     def _result(
@@ -97,9 +95,9 @@ class TaskCourse:
     ) -> RunTask:
         accuracies = [row[run] for row in self._rows]
         losses = [row[self._num_runs + run] for row in self._rows]
-        loss = _weighted(losses, [steps for _, steps in self._weights])
+        loss = _weighted(losses, self._weights)
         is_finite = math.isfinite(loss) and math.isfinite(loss_end)
-        accuracy = _weighted(accuracies, [images for images, _ in self._weights])
+        accuracy = _weighted(accuracies, self._weights)
         measured = is_finite and self._num_measurements > 0
         return RunTask(
             task=self._task,

@@ -2,8 +2,8 @@
 
 One safetensors file per task under `<cache>/continual/<key>/`: no code in it is run, it appears
 whole or not at all, and its metadata holds the results of the unit's tasks so far. The key is the
-hash of everything the numbers depend on: a state of another spec, device or version of torch is
-never taken. A state that is gone costs time only: the group is trained again from its start, with
+hash of everything the numbers depend on: a state of another spec, device or version of torch or
+NumPy (which makes the draws) is never taken. A state that is gone costs time only: the group is trained again from its start, with
 the same numbers.
 """
 
@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,6 +32,8 @@ from probe.result_continual import RunTask
 
 logger = logging.getLogger(__name__)
 
+# To be raised with every change of what is kept, of what it means or of how a run is trained.
+_FORMAT = 2
 _KEEP_S = 14 * 24 * 3600.0  # states nobody came back for
 
 
@@ -61,12 +64,13 @@ class SavedStates:
         root: Path | None = None,
     ) -> None:
         ingredients = {
-            "format": 1,
+            "format": _FORMAT,
             "spec": {k: v for k, v in spec.items() if k not in ("name", "labels")},
             "runs": [run.model_dump() for run in runs],
             "images": images_sha256,
             "device": device,
             "torch": torch.__version__,
+            "numpy": np.__version__,
         }
         text = json.dumps(ingredients, sort_keys=True)
         self._root = asset_directory() / "continual" if root is None else root

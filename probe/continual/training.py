@@ -151,7 +151,7 @@ class GroupTrainer:
                 term.add_gradient(self._gradient, self.parameters)
             self.optimizer.step(self.parameters, self._gradient)
             self._sums[0] += (logits.argmax(dim=2) == y).sum(dim=1)
-            self._sums[1] += losses.detach()
+            self._sums[1] += losses.detach().double() * index.shape[1]
 
     def _written(self) -> list[Tensor]:
         """Every tensor a step writes."""

@@ -42,16 +42,16 @@ def test_windows_end_as_evenly_as_steps_allow():
     assert ends == [3, 5, 7]  # ceil(7 / 3), ceil(14 / 3), 7
 
 
-def test_accuracy_is_by_images_and_loss_by_steps():
+def test_accuracy_and_loss_are_means_over_images():
     course = course_of(2, 1)
-    add_step(course, [1.0, 2.0], [10, 0], size=10)
-    add_step(course, [3.0, 4.0], [0, 2], size=2)
+    add_step(course, [10.0, 20.0], [10, 0], size=10)
+    add_step(course, [8.0, 1.0], [0, 2], size=2)
     course.end_window()
     first, second = course.results([(0.5, 0.25), (0.75, 0.125)])
     assert first.task == 3
     assert first.accuracy == pytest.approx(10 / 12)
     assert second.accuracy == pytest.approx(2 / 12)
-    assert (first.loss, second.loss) == (2.0, 3.0)
+    assert (first.loss, second.loss) == (18 / 12, 21 / 12)
     assert (first.accuracy_end, first.loss_end) == (0.5, 0.25)
     assert first.outcome == "finished"
     assert first.violation_share is None  # nothing was measured
@@ -95,6 +95,15 @@ def test_violations_are_shares_of_all_measurements():
     first, second = course.results([(1.0, 0.0)] * 2)
     assert first.violation_share == {"gradient": 1.0, "curvature": 0.5, "combined": 0.0}
     assert second.violation_share == {"gradient": 0.0, "curvature": 0.0, "combined": 0.5}
+
+
+def test_a_share_of_violations_is_not_rounded_to_float32():
+    course = course_of(1, 1)
+    add_step(course, [1.0, 1.0], [1, 1])
+    for violation in (1, 0, 0):
+        course.add_measurement(measurement(1.0, ((violation, 0, 0), (0, 0, 0))))
+    course.end_window()
+    assert course.results([(1.0, 0.0)] * 2)[0].violation_share["gradient"] == 1 / 3
 
 
 @pytest.mark.parametrize("where", ["steps", "end"])

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,6 +90,14 @@ def test_other_specs_devices_and_data_have_states_of_their_own(tmp_path):
     assert states(tmp_path, spec={"name": "a", "seeds": [1]}).load_latest(0, 4) is None
     renamed = {"name": "b", "labels": {"x": "y"}, "seeds": [0]}
     assert states(tmp_path, spec=renamed).load_latest(0, 4)[0] == 1
+
+
+@pytest.mark.parametrize("library", [np, torch])
+def test_a_state_of_another_version_is_not_taken(tmp_path, monkeypatch, library):
+    save(states(tmp_path), 1, [row(0)])
+    assert states(tmp_path).load_latest(0, 4)[0] == 1
+    monkeypatch.setattr(library, "__version__", "0.1")
+    assert states(tmp_path).load_latest(0, 4) is None
 
 
 def test_a_directory_that_cannot_be_made_is_an_error_to_try_again(tmp_path):
