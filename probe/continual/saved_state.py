@@ -3,8 +3,8 @@
 One safetensors file per task under `<cache>/continual/<key>/`: no code in it is run, it appears
 whole or not at all, and its metadata holds the results of the unit's tasks so far. The key is the
 hash of everything the numbers depend on: a state of another spec, device or version of torch or
-NumPy (which makes the draws) is never taken. A state that is gone costs time only: the group is trained again from its start, with
-the same numbers.
+NumPy (which makes the draws) is never taken. A state that is gone costs time only: the group is
+trained again from its start, with the same numbers.
 """
 
 import hashlib
