@@ -23,6 +23,7 @@ Shape = tuple[str, str, int]
 _FP32_BYTES = 4
 _GIB = 2**30
 EVALUATION_IMAGES = 1024  # of one forward pass after a task
+KEPT_ITERATES = 8  # of a power iteration in memory; then it begins anew from the best vector
 _USUAL_CLASSES = 10  # for the size of the last layer, where only the labels would tell
 # Runs of all units together: a plan lists them, and is stored and sent as a whole.
 _MAX_LISTED_RUNS = 100_000
@@ -221,10 +222,15 @@ def _memory_bytes(
 ) -> int:
     """Of the largest group, in fp32, and the images.
 
-    Per parameter: itself, its gradient, Adam's two moments, the vector of the power iteration and
-    its product, and for Wasserstein the initial value.
+    Per parameter lasting: itself, its initial value, its gradient, Adam's two moments, the vectors
+    of the layers' and of the whole Hessian, and for Wasserstein the sorted initial value. While the
+    sharpness is measured: its iterates and four more, or six where they are begun anew.
     """
-    copies = 6 if isinstance(spec.optimizer, Adam) else 4
+    signals = spec.signals
+    iterations = max(signals.power_iterations, signals.first_power_iterations)
+    lasting = 7 if isinstance(spec.optimizer, Adam) else 5
+    passing = iterations + 5 if iterations < KEPT_ITERATES else KEPT_ITERATES + 6
+    copies = lasting + passing
     by_method = dict(zip((m.name for m in spec.methods), _network_sizes(spec, sizes), strict=True))
     distant = {m.name for m in spec.methods if any(r.type == "wasserstein" for r in m.regularizers)}
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from probe.continual.derivatives import BatchDerivatives
 from probe.continual.networks import BatchedMlp
+from probe.plan_continual import KEPT_ITERATES
 
 # (R, P) -> (R, P): the product with the Hessian, or with all its diagonal blocks.
 Product = Callable[[Tensor], Tensor]
 Columns = Sequence[tuple[int, int]]
-_MAX_KEPT = 8  # iterates in memory; then a new start from the best vector
 _EXHAUSTED = 1e-6  # of float32: what is left of an iterate beside the kept ones is rounding
 
 
@@ -144,7 +144,7 @@ def top_eigenpairs(
     left = iterations
     vectors = start
     while True:
-        steps = min(left, _MAX_KEPT - 1)
+        steps = min(left, KEPT_ITERATES - 1)
         values, residuals, moved = _best_of_iterates(product, vectors, columns, steps)
         vectors = _chosen(values.isfinite(), moved, vectors, columns)
         left -= steps
