@@ -7,7 +7,6 @@ nothing. A further regulariser is one more class with `add_gradient`, and one li
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,7 +69,7 @@ class WassersteinTerm:
     def start_from(self, initial: Tensor) -> None:
         """Take (R, P) as the initial parameters."""
         rows = initial[self._rows]
-        found = [_sorted(rows[:, p.start : p.stop])[0] for p in self._places]
+        found = [sorted_rows(rows[:, p.start : p.stop])[0] for p in self._places]
         if not self._initial:
             self._initial = found
         for kept, new in zip(self._initial, found, strict=True):
@@ -112,18 +111,6 @@ def terms_of(
     for term in terms:
         term.start_from(initial)
     return terms
-
-
-def _sorted(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, n) ascending within each row, and where each value was.
-
-    On the CPU by NumPy, whose sort uses vector instructions: 2.6 ms against 16 ms for 200,000.
-    """
-    if not rows.is_cpu:
-        values, order = rows.sort(dim=1)
-        return values, order
-    order = torch.from_numpy(np.argsort(rows.numpy(), axis=1))
-    return rows.gather(1, order), order
 
 
 def _find(method: Method, kind: type[Kind]) -> Kind | None:

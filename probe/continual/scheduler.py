@@ -28,7 +28,6 @@ class SchedulerGroup:
         self, schedulers: Sequence[Scheduler | None], total_steps: int, device: torch.device
     ) -> None:
         self.is_any = any(scheduler is not None for scheduler in schedulers)
-        self._total_steps = total_steps
         plain = Scheduler()
         filled = [scheduler or plain for scheduler in schedulers]
 
@@ -41,7 +40,9 @@ class SchedulerGroup:
         self._cool = column([s.cool for s in filled])
         self._warm = column([s.warm for s in filled])
         self._min_step = column([s.min_effective_step for s in filled])
-        self._warm_until = column([s.warm_until for s in filled])
+        ends = [[s.warm_until * total_steps] for s in filled]
+        # In float32 0.3 is too large, and the last decision could fall on the wrong side.
+        self._warm_before = torch.tensor(ends, dtype=torch.float64, device=device)
         self._warm_below = column([s.warm_below for s in filled])
         numbers = [get_args(Bound).index(s.signal) for s in filled]
         self._signal = torch.tensor(numbers, device=device)
@@ -55,7 +56,7 @@ class SchedulerGroup:
             layers: Signals (R, L + 1), the whole network last: `effective_step` and the bounds.
                 A bound that is infinite never cools; one that is NaN (no measurement) changes
                 nothing.
-            step: Steps of the stream taken so far (t).
+            step: Number of the step about to be taken, from 1 (t): K, 2K, ...
 
         Returns:
             (R, L).
@@ -65,7 +66,7 @@ class SchedulerGroup:
         effective = self._per_layer(layers["effective_step"])
         safe = self._safe_share * self._per_layer(bound)
         is_hot = (effective > safe) & (effective > self._min_step)
-        is_early = step < self._warm_until * self._total_steps
+        is_early = step < self._warm_before
         is_timid = ~is_hot & is_early & (effective < self._warm_below * safe)
         factor = torch.ones_like(learning_rate)
         factor = torch.where(is_hot, self._cool, factor)

@@ -124,7 +124,7 @@ class GroupTrainer:
         for epoch in range(self._epochs):
             order = self.stream.order(self.next_task, epoch)
             for index in torch.split(order, self.spec.stream.batch_size, dim=1):
-                self._measure(course, index, self.next_task * self.steps_per_task + done)
+                self._measure(course, index, self.next_task * self.steps_per_task + done + 1)
                 self._advance(index)
                 course.count_step(index.shape[1])
                 done += 1
@@ -180,20 +180,18 @@ class GroupTrainer:
         )
         self.tracker.reset(self._is_reset, self._power_draws(self.next_task))
 
-    def _measure(self, course: TaskCourse, index: Tensor, num_steps: int) -> None:
-        """Measure, and let the schedulers decide, just before the steps at which they are due."""
+    def _measure(self, course: TaskCourse, index: Tensor, step: int) -> None:
+        """Measure, and let the schedulers decide, if that is due just before this step (from 1)."""
         signals = self.spec.signals
-        is_logged = (num_steps + 1) % signals.log_every == 0
-        is_controlled = (num_steps + 1) % signals.control_every == 0
+        is_logged = step % signals.log_every == 0
+        is_controlled = step % signals.control_every == 0
         if not (is_logged or is_controlled):
             return
         x, y = self.stream.batch(self._task, index)
         measurement = self.tracker.measure(self.network, self.parameters, x, y, self.optimizer)
         course.add_measurement(measurement)
         if is_controlled and self._scheduler.is_any:
-            rates = self._scheduler.decide(
-                self.optimizer.learning_rate, measurement.layers, num_steps
-            )
+            rates = self._scheduler.decide(self.optimizer.learning_rate, measurement.layers, step)
             self.optimizer.set_learning_rate(rates)
 
     @torch.no_grad()

@@ -50,6 +50,16 @@ def test_each_layer_follows_its_own_bound(effective, bound, step, expected):
     assert found == [expected, KEEP]
 
 
+def test_warming_ends_at_the_paper_s_step():
+    # 0.3 of 830,000 steps is the 6,225th decision; in float32 it would come a hundredth later.
+    group = SchedulerGroup([Scheduler()], 830_000, CPU)
+    names = ("effective_step", "bound_combined", "bound_gradient", "bound_curvature")
+    layers = dict(zip(names, torch.tensor([[[0.1, 0.1]], *[[[1.0, 1.0]]] * 3]), strict=True))
+    rates = torch.ones(1, 1)
+    assert group.decide(rates, layers, 248_960).item() == WARM
+    assert group.decide(rates, layers, 249_000).item() == KEEP
+
+
 def test_one_decision_of_the_network_moves_every_layer():
     found = decide(Scheduler(scope="network"), [0.1, 0.1, 2.0], [9.0, 9.0, 1.0])
     assert found == [COOL, COOL]

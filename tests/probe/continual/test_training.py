@@ -193,6 +193,18 @@ def test_only_runs_with_a_scheduler_change_their_rates():
     torch.testing.assert_close(rates[1], torch.full((3,), 0.01 * 0.99**3))
 
 
+@pytest.mark.parametrize(("warm_until", "is_warmed"), [(0.5, False), (0.51, True)])
+def test_the_step_about_to_be_taken_is_the_scheduler_s(warm_until, is_warmed):
+    # 18 steps, a decision at the 9th: at half of them. The first volatility is 0, which lets warm.
+    scheduler = {"signal": "curvature", "warm_until": warm_until, "min_effective_step": 1e9}
+    controls = [{"name": "scheduler", "scheduler": scheduler}]
+    signals = {"log_every": 9, "control_every": 9}
+    trainer = trainer_of(small_spec(controls=controls, signals=signals))
+    for _ in range(3):
+        trainer.train_task()
+    assert bool((trainer.optimizer.learning_rate > 0.0100001).all()) == is_warmed
+
+
 def test_a_diverged_run_is_told_and_its_neighbour_goes_on():
     methods = [{"name": "plain"}, {"name": "wild", "learning_rate": 10.0}]
     spec = small_spec(
