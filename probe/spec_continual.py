@@ -109,7 +109,7 @@ class PlainSgd(SpecModel):
 
 
 class L2(SpecModel):
-    """Coupled decay: gradient += strength * theta, on weights and biases."""
+    """Coupled decay: gradient += strength * theta, on every parameter, norms' scales included."""
 
     type: Literal["l2"]
     strength: float = Field(gt=0, le=10)

@@ -50,7 +50,7 @@ def test_each_layer_follows_its_own_bound(effective, bound, step, expected):
     assert found == [expected, KEEP]
 
 
-def test_warming_ends_at_the_paper_s_step():
+def test_warming_ends_at_the_papers_step():
     # 0.3 of 830,000 steps is the 6,225th decision; in float32 it would come a hundredth later.
     group = SchedulerGroup([Scheduler()], 830_000, CPU)
     names = ("effective_step", "bound_combined", "bound_gradient", "bound_curvature")

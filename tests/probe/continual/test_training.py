@@ -194,7 +194,7 @@ def test_only_runs_with_a_scheduler_change_their_rates():
 
 
 @pytest.mark.parametrize(("warm_until", "is_warmed"), [(0.5, False), (0.51, True)])
-def test_the_step_about_to_be_taken_is_the_scheduler_s(warm_until, is_warmed):
+def test_a_scheduler_counts_the_step_about_to_be_taken(warm_until, is_warmed):
     # 18 steps, a decision at the 9th: at half of them. The first volatility is 0, which lets warm.
     scheduler = {"signal": "curvature", "warm_until": warm_until, "min_effective_step": 1e9}
     controls = [{"name": "scheduler", "scheduler": scheduler}]
