@@ -52,7 +52,8 @@ class TaskStream:
 
         Raises:
             ConfigError: More images are asked for than there are, or a batch is more than all.
-            BatchError: The chosen images are constant, so that they cannot be normalised.
+            BatchError: The chosen images are constant, or their numbers lie further apart than
+                fp32 reaches, so that they cannot be normalised.
         """
         self.chosen = _choose(stream, images)
         self.inputs = _on(device, _normalised(images.inputs[self.chosen], images.name))
@@ -156,8 +157,14 @@ def _normalised(inputs: NDArray[np.float32], name: str) -> NDArray[np.float32]:
     mean = inputs.mean(dtype=np.float64)
     std = inputs.std(dtype=np.float64)
     shifted = np.empty_like(inputs)
-    np.subtract(inputs, mean, out=shifted, dtype=np.float64, casting="same_kind")
-    shifted /= std
+    with np.errstate(over="ignore"):  # beyond fp32: found below
+        np.subtract(inputs, mean, out=shifted, dtype=np.float64, casting="same_kind")
+        shifted /= std
+    if not np.isfinite(shifted).all():
+        raise BatchError(
+            f"{name}: the chosen images reach from {inputs.min():.3g} to {inputs.max():.3g}, "
+            "too far apart for fp32; scale them down"
+        )
     return shifted
 
 

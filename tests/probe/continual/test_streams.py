@@ -71,6 +71,14 @@ def test_constant_images_are_refused():
         make_stream(images=images)
 
 
+def test_images_further_apart_than_fp32_reaches_are_refused():
+    images = make_images()
+    images.inputs[:] = np.float32(-3e38)
+    images.inputs[:10] = np.float32(3e38)  # 5.8e38 above the mean
+    with pytest.raises(BatchError, match=r"reach from -3e\+38 to 3e\+38, too far apart"):
+        make_stream(images=images)
+
+
 def test_more_than_there_is_names_both_numbers():
     with pytest.raises(ConfigError, match=r"num_images is 301, and made has 300 images"):
         make_stream(num_images=301)
