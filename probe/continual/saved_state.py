@@ -33,7 +33,7 @@ from probe.result_continual import RunTask
 logger = logging.getLogger(__name__)
 
 # To be raised with every change of what is kept, of what it means or of how a run is trained.
-_FORMAT = 2
+_FORMAT = 3
 _KEEP_S = 14 * 24 * 3600.0  # states nobody came back for
 
 
