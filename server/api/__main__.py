@@ -8,6 +8,7 @@ import uvicorn
 
 from probe.errors import ConfigError
 from server.api.app import create_app
+from server.api.check import what_is_wrong
 from server.settings import Settings
 
 # Open event streams end at once; this is for requests that are being answered.
@@ -19,9 +20,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m server.api", description=__doc__)
     parser.add_argument("--host", help="address to listen on (default: PROBE_HOST or 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port (default: PROBE_PORT or 8765; 0: any)")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        default=None,
+        help="start nothing; exit 0 if the server at this address is ready, else 1",
+    )
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    check_only = given.pop("check", False)
     try:
         settings = Settings(**given)
+        if check_only:
+            return _check(settings)
         logging.basicConfig(
             level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
         )
@@ -39,6 +49,13 @@ def main() -> int:
         timeout_graceful_shutdown=_GRACE_S,
     )
     return 0
+
+
+def _check(settings: Settings) -> int:
+    problem = what_is_wrong(settings)
+    if problem is not None:
+        print(problem, file=sys.stderr)  # noqa: T201
+    return 0 if problem is None else 1
 
 
 if __name__ == "__main__":

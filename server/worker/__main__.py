@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from probe.errors import ProbeError
 from server.settings import Settings
+from server.worker.check import what_is_wrong
 from server.worker.main import run_worker
 
 EXAMPLE = """\
@@ -33,7 +34,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", help="database, logs and locks")
     parser.add_argument("--database-url", help="sqlite:///path or postgresql+psycopg://...")
     parser.add_argument("--log-level", help="DEBUG, INFO, WARNING or ERROR (default: INFO)")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="start nothing; exit 0 if the worker of this name has a fresh heartbeat, else 1",
+    )
     given: dict[str, Any] = {k: v for k, v in vars(parser.parse_args(argv)).items() if v}
+    check_only = given.pop("check", False)
     if "name" in given:
         given["worker_name"] = given.pop("name")
     try:
@@ -41,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValidationError as error:
         print(error, file=sys.stderr)  # noqa: T201
         return 2
+    if check_only:
+        return _check(settings)
     logging.basicConfig(
         level=settings.log_level,
         format="%(asctime)s %(levelname)s %(message)s",
@@ -52,6 +61,13 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger(__name__).error("%s", error)
         return 1
     return 0
+
+
+def _check(settings: Settings) -> int:
+    problem = what_is_wrong(settings)
+    if problem is not None:
+        print(problem, file=sys.stderr)  # noqa: T201
+    return 0 if problem is None else 1
 
 
 if __name__ == "__main__":
