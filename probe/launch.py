@@ -3,6 +3,8 @@
 import os
 from collections.abc import Mapping
 
+from probe.errors import ConfigError
+
 TORCHRUN = "torch.distributed.run"
 
 
@@ -27,3 +29,16 @@ def thread_environment(num_ranks: int, environment: Mapping[str, str]) -> dict[s
     if num_ranks == 1 or "OMP_NUM_THREADS" in environment:
         return {}
     return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks))}
+
+
+def refuse_several_nodes(num_nodes: int, who: str) -> None:
+    """Raise for a job that asks for more machines than the one `who` starts ranks on.
+
+    Raises:
+        ConfigError: It says what to do instead.
+    """
+    if num_nodes > 1:
+        raise ConfigError(
+            f"parallel.nodes is {num_nodes}, but {who} starts ranks on one machine only. Submit "
+            "the job to a worker with PROBE_LAUNCHER=ray, or set parallel.nodes: 1."
+        )

@@ -21,7 +21,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a job runs: `num_ranks` processes on one machine."""
+    """Where a job runs: `num_ranks` processes, as many on each of its nodes."""
 
     backend: Backend
     num_ranks: int
@@ -83,10 +83,15 @@ def choose_placement(
                 f"one of {len(gpus)} GPUs is used, since the model's size is not known before it "
                 "is fetched; parallel.ranks takes more"
             )
-    elif num_ranks > len(gpus) > 0:
+    elif num_ranks // spec.parallel.nodes > len(gpus) > 0:
         notes.append(
-            f"parallel.ranks is {num_ranks}, one GPU each; this machine has {len(gpus)}: units "
-            "will fail here"
+            f"parallel.ranks is {num_ranks}{_on_nodes(spec.parallel)}, one GPU each; this machine "
+            f"has {len(gpus)}: units will fail here"
+        )
+    if spec.parallel.nodes > 1:
+        notes.append(
+            f"parallel.nodes is {spec.parallel.nodes}: workers of launcher ray take this job, "
+            "others fail it"
         )
     memory = None if size is None else memory_bytes_per_rank(spec, size, num_ranks)
     if memory is not None and gpus and memory > min(gpus):
@@ -95,6 +100,10 @@ def choose_placement(
             f"{min(gpus) / _GIB:.1f}: units will fail here"
         )
     return Placement(backend_for(spec.parallel, num_ranks), num_ranks, memory, tuple(notes))
+
+
+def _on_nodes(parallel: ParallelOptions) -> str:
+    return f" on {parallel.nodes} nodes" if parallel.nodes > 1 else ""
 
 
 def _fewest(spec: CheckpointJobSpec, size: ModelSize | None, gpus: Sequence[int]) -> int:

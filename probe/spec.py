@@ -136,6 +136,9 @@ class ParallelOptions(SpecModel):
         description="Processes, one GPU each where the model runs on GPUs; None: the fewest GPUs "
         "that hold the model, 1 on a CPU or where the model's size is not known beforehand.",
     )
+    nodes: int = Field(
+        1, ge=1, le=1024, description="Machines, with as many ranks on each; several need Ray."
+    )
     offload_base: bool = Field(
         False,
         description="Keep the unperturbed fp32 weights in host memory: 4 bytes per parameter less "
@@ -155,6 +158,15 @@ class ParallelOptions(SpecModel):
             raise ValueError(
                 f"backend single is one process, ranks is {self.ranks}: use backend fsdp2 or "
                 "deepspeed, or ranks: 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _every_node_has_as_many_ranks(self) -> Self:
+        if self.nodes > 1 and (self.ranks is None or self.ranks % self.nodes):
+            raise ValueError(
+                f"nodes is {self.nodes}, ranks is {self.ranks}: set ranks, those of all nodes, "
+                f"to a multiple of {self.nodes}"
             )
         return self
 

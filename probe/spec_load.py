@@ -131,11 +131,13 @@ def resolved(spec: SpecModel) -> dict[str, Any]:
 def spec_sha256(spec: SpecModel) -> str:
     """Hash of the resolved spec: equal for two files that mean the same measurement.
 
-    The name and the labels are for people and left out.
+    The name and the labels are for people and left out, and so is on how many machines the ranks
+    are: numbers do not depend on it.
     """
     values = resolved(spec)
     for field in ("name", "labels"):
         values.pop(field, None)
+    values.get("parallel", {}).pop("nodes", None)
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

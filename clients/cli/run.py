@@ -29,7 +29,12 @@ from clients.cli.progress import ProgressDisplay, SeriesProgress
 from clients.cli.results import chart_format, check_writable, draw, results_document, write_file
 from probe.continual_summary import summarise_stretch
 from probe.errors import ParallelismError, ProbeError, error_class_for
-from probe.launch import TORCHRUN, thread_environment, torchrun_arguments
+from probe.launch import (
+    TORCHRUN,
+    refuse_several_nodes,
+    thread_environment,
+    torchrun_arguments,
+)
 from probe.mix_summary import summarise_unit
 from probe.result import Plan
 from probe.result_continual import ContinualUnitResult
@@ -77,6 +82,7 @@ def run(
     if plan:
         _print_plan(planned, json_output)
         return
+    refuse_several_nodes((planned.spec.get("parallel") or {}).get("nodes", 1), "`probe run`")
     results: list[AnyUnitResult] = []
     failure: ProbeError | None = None
     try:

@@ -267,8 +267,7 @@ def plan_table(plan: Plan) -> Table:
         _add_passes(table, plan)
     if plan.num_parameters is not None:
         table.add_row("parameters", quantity(plan.num_parameters))
-    ranks = "1" if plan.backend == "single" else f"{plan.num_ranks}, sharded with {plan.backend}"
-    table.add_row("ranks", ranks)
+    table.add_row("ranks", _ranks(plan))
     if plan.memory_bytes_per_rank is not None:
         memory = byte_size(plan.memory_bytes_per_rank)
         table.add_row("memory per rank", f"about {memory}, activations left out")
@@ -276,6 +275,15 @@ def plan_table(plan: Plan) -> Table:
         table.add_row("note", Text(note))
     table.add_row("spec sha256", plan.spec_sha256)
     return table
+
+
+def _ranks(plan: Plan) -> str:
+    """How many processes, on how many machines where it is not one."""
+    if plan.backend == "single":
+        return "1"
+    nodes = (plan.spec.get("parallel") or {}).get("nodes", 1)
+    where = f" on {nodes} nodes" if nodes > 1 else ""
+    return f"{plan.num_ranks}{where}, sharded with {plan.backend}"
 
 
 def _add_passes(table: Table, plan: Plan) -> None:

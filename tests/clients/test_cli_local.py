@@ -248,6 +248,16 @@ def test_run_plan_tells_the_memory_of_each_rank(probe: Any, job_file: Path) -> N
     assert (plan["memory_bytes_per_rank"], plan["memory_bytes"]) == (28, 56)
 
 
+def test_run_plans_a_job_of_several_nodes_and_refuses_to_run_it(probe: Any, job_file: Path) -> None:
+    words = ("--set", "parallel.ranks=4", "--set", "parallel.nodes=2")
+    shown = probe("run", str(job_file), "--plan", *words).stdout
+    assert "4 on 2 nodes, sharded with fsdp2" in shown
+    assert "parallel.nodes is 2: workers of launcher ray take this job" in " ".join(shown.split())
+    done = probe("run", str(job_file), *words)
+    assert done.exit_code == 2
+    assert "parallel.nodes is 2, but `probe run` starts ranks on one machine" in done.stderr
+
+
 @pytest.mark.parametrize(
     "words", [["--plot", "c.pdf"], ["--plot", "no/c.svg"], ["--out", "no/r.json"], ["--out", "."]]
 )

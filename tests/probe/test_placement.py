@@ -116,6 +116,14 @@ def test_what_cannot_fit_or_is_not_known_is_said(spec):
     assert "one of 2 GPUs is used" in found.notes[0]
     found = choose_placement(spec({"ranks": 3}), SIZE, [80 * GB])
     assert "this machine has 1" in found.notes[0]
+    found = choose_placement(spec({"ranks": 4, "nodes": 2}), SIZE, [80 * GB])
+    assert "ranks is 4 on 2 nodes, one GPU each; this machine has 1" in found.notes[0]
+
+
+def test_a_job_on_several_nodes_says_who_can_take_it(spec):
+    found = choose_placement(spec({"ranks": 4, "nodes": 2}), SIZE, [80 * GB] * 2)
+    assert (found.backend, found.num_ranks) == ("fsdp2", 4)
+    assert [note.split(":")[0] for note in found.notes] == ["parallel.nodes is 2"]
 
 
 def test_gpus_are_left_alone_by_a_job_for_the_cpu(spec, monkeypatch):

@@ -51,11 +51,14 @@ def test_a_resolved_spec_is_itself_a_spec_with_the_same_hash():
     assert spec_sha256(again) == spec_sha256(spec)
 
 
-def test_the_hash_ignores_names_for_people_and_nothing_else():
+def test_the_hash_ignores_names_for_people_and_on_how_many_machines_ranks_are():
     spec = parse_spec(MINIMAL)
     assert spec_sha256(parse_spec(changed("name", "other"))) == spec_sha256(spec)
     assert spec_sha256(parse_spec(changed("labels", {"a": "b"}))) == spec_sha256(spec)
     assert spec_sha256(parse_spec(changed("batches.seed", 1))) != spec_sha256(spec)
+    on_one = spec_sha256(parse_spec(changed("parallel", {"ranks": 4})))
+    assert on_one != spec_sha256(spec)
+    assert spec_sha256(parse_spec(changed("parallel", {"ranks": 4, "nodes": 2}))) == on_one
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,9 @@ def test_the_hash_ignores_names_for_people_and_nothing_else():
         ("labels", {"a b": "c"}, "labels.a b.[key]", "pattern"),
         ("parallel", {"backend": "single", "ranks": 2}, "parallel", "ranks is 2"),
         ("parallel", {"backend": "fsdp"}, "parallel.backend", "'fsdp2'"),
+        ("parallel", {"nodes": 0}, "parallel.nodes", "greater than or equal to 1"),
+        ("parallel", {"nodes": 2}, "parallel", "nodes is 2, ranks is None: set ranks"),
+        ("parallel", {"nodes": 2, "ranks": 3}, "parallel", "ranks is 3: set ranks"),
         ("parallel", {"ranks": 0}, "parallel.ranks", "greater than or equal to 1"),
         ("parallel", {"ranks": 1025}, "parallel.ranks", "less than or equal to 1024"),
         ("parallel", {"rank": 2}, "parallel.rank", "did you mean 'ranks'?"),
