@@ -4,10 +4,7 @@ import argparse
 import logging
 import sys
 
-import uvicorn
-
 from probe.errors import ConfigError
-from server.api.app import create_app
 from server.api.check import what_is_wrong
 from server.settings import Settings
 
@@ -32,13 +29,23 @@ def main() -> int:
         settings = Settings(**given)
         if check_only:
             return _check(settings)
-        logging.basicConfig(
-            level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-        )
-        app = create_app(settings)
+        _serve(settings)
     except (ConfigError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    return 0
+
+
+def _serve(settings: Settings) -> None:
+    # here: a health check runs every few seconds and needs none of it
+    import uvicorn
+
+    from server.api.app import create_app
+
+    logging.basicConfig(
+        level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    app = create_app(settings)
     uvicorn.run(
         app,
         host=settings.host,
@@ -48,7 +55,6 @@ def main() -> int:
         server_header=False,
         timeout_graceful_shutdown=_GRACE_S,
     )
-    return 0
 
 
 def _check(settings: Settings) -> int:
