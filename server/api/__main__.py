@@ -3,10 +3,14 @@
 import argparse
 import logging
 import sys
+from typing import TYPE_CHECKING
 
 from probe.errors import ConfigError
 from server.api.check import what_is_wrong
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 # Open event streams end at once; this is for requests that are being answered.
 _GRACE_S = 5
@@ -29,23 +33,27 @@ def main() -> int:
         settings = Settings(**given)
         if check_only:
             return _check(settings)
-        _serve(settings)
+        app = _prepare(settings)
     except (ConfigError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    _serve(app, settings)
     return 0
 
 
-def _serve(settings: Settings) -> None:
-    # here: a health check runs every few seconds and needs none of it
-    import uvicorn
-
+def _prepare(settings: Settings) -> "FastAPI":
+    # here, because a health check runs every few seconds and needs none of it
     from server.api.app import create_app
 
     logging.basicConfig(
         level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
-    app = create_app(settings)
+    return create_app(settings)
+
+
+def _serve(app: "FastAPI", settings: Settings) -> None:
+    import uvicorn
+
     uvicorn.run(
         app,
         host=settings.host,
