@@ -1,6 +1,7 @@
 """Our own tables, in the database DBOS uses too. Times are milliseconds since the epoch."""
 
 import fcntl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from server.errors import StoreVersionError
 
 SCHEMA_VERSION = 1
 _ADVISORY_LOCK = 0x5052_4F42  # any number, the same in every process
+_LOCK_POLL_S = 0.05
 
 metadata = sa.MetaData()
 
@@ -112,8 +114,11 @@ def create_tables(engine: sa.Engine) -> None:
 @contextmanager
 def _migration_lock(engine: sa.Engine) -> Iterator[None]:
     if not queue.is_sqlite(engine):
-        with engine.connect() as connection:
-            connection.execute(sa.select(sa.func.pg_advisory_lock(_ADVISORY_LOCK)))
+        # Asked for again and again, in no transaction: DBOS creates indexes concurrently, which
+        # waits for every transaction that began before, and one waiting for this lock is one.
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            while not connection.scalar(sa.select(sa.func.pg_try_advisory_lock(_ADVISORY_LOCK))):
+                time.sleep(_LOCK_POLL_S)
             try:
                 yield
             finally:
