@@ -7,14 +7,9 @@ that is missing is an error that lists the choices, never a guess.
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-
-class SpecModel(BaseModel):
-    """Every part of a job spec: no unknown keys, no silent conversions, not changed once made."""
-
-    # strict: `repeats: yes` or "4" is an error, not 1 or 4.
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+from probe.spec_base import JobFields, SpecModel
 
 
 class LocalCheckpoints(SpecModel):
@@ -355,22 +350,10 @@ class Schedule(SpecModel):
         return self
 
 
-JobName = Annotated[str, Field(min_length=1, max_length=200, description="For people.")]
-Labels = Annotated[
-    dict[
-        Annotated[str, Field(pattern=r"^[A-Za-z0-9._/-]{1,63}$")],
-        Annotated[str, Field(max_length=255)],
-    ],
-    Field(max_length=32, description="For filters: project=demo."),
-]
-
-
-class CheckpointSeriesSpec(SpecModel):
+class CheckpointSeriesSpec(JobFields):
     """Critical sharpness of every checkpoint of one run."""
 
     kind: Literal["checkpoint_series"]
-    name: JobName
-    labels: Labels = Field(default_factory=dict)
     checkpoints: Checkpoints
     model: ModelOptions = ModelOptions()
     parallel: ParallelOptions = ParallelOptions()

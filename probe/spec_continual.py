@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from probe.spec import JobName, Labels, SpecModel
+from probe.spec_base import JobFields, SpecModel
 
 RunName = Annotated[str, Field(min_length=1, max_length=60, description="For charts and tables.")]
 LayerLearningRate = Annotated[float, Field(gt=0, le=10)]
@@ -224,12 +224,10 @@ class Signals(SpecModel):
     )
 
 
-class ContinualLearningSpec(SpecModel):
+class ContinualLearningSpec(JobFields):
     """How well one network learns one task after another: methods x controls x seeds."""
 
     kind: Literal["continual_learning"]
-    name: JobName
-    labels: Labels = Field(default_factory=dict)
     stream: Stream
     model: Network = Network()
     optimizer: Annotated[Adam | PlainSgd, Field(discriminator="name")] = Adam()

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from probe.errors import ConfigError
 from probe.kinds import KINDS, JobSpec
-from probe.spec import SpecModel
+from probe.spec_base import NOT_MEASURED, SpecModel
 
 # Discriminator tags that pydantic puts into error locations; they are not keys of the spec.
 _TAGS = frozenset({"local", "hub", "gguf", "adamw", "sgd", "files", "text", "question_answer"})
@@ -131,11 +131,11 @@ def resolved(spec: SpecModel) -> dict[str, Any]:
 def spec_sha256(spec: SpecModel) -> str:
     """Hash of the resolved spec: equal for two files that mean the same measurement.
 
-    The name and the labels are for people and left out, and so is on how many machines the ranks
-    are: numbers do not depend on it.
+    What is for people and for the queue (`NOT_MEASURED`) is left out, and so is on how many
+    machines the ranks are: numbers do not depend on it.
     """
     values = resolved(spec)
-    for field in ("name", "labels"):
+    for field in NOT_MEASURED:
         values.pop(field, None)
     values.get("parallel", {}).pop("nodes", None)
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -155,7 +155,7 @@ def _problem(model: type[BaseModel], error: Any) -> dict[str, str]:
         message = _missing_tag(model, path, str(error["ctx"]["discriminator"]).strip("'"))
     elif error["type"] == "missing":
         message = "is required"
-    elif not isinstance(error["input"], dict | list):
+    elif field != "webhook" and not isinstance(error["input"], dict | list):
         shown = repr(error["input"])
         message += f" (found {shown if len(shown) <= 80 else shown[:77] + '...'})"
     return {"field": field, "message": message}

@@ -11,13 +11,11 @@ from probe.spec import (
     AdamW,
     Checkpoints,
     DataSource,
-    JobName,
-    Labels,
     ModelOptions,
     ParallelOptions,
     SearchOptions,
-    SpecModel,
 )
+from probe.spec_base import JobFields, SpecModel
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
 
@@ -152,12 +150,10 @@ class MixBatches(SpecModel):
     seed: int = Field(0, ge=0, lt=2**31, description="Order of documents and sequences.")
 
 
-class MixScanSpec(SpecModel):
+class MixScanSpec(JobFields):
     """Relative critical sharpness of every task along the direction of every mixture."""
 
     kind: Literal["mix_scan"]
-    name: JobName
-    labels: Labels = Field(default_factory=dict)
     checkpoints: Checkpoints
     model: ModelOptions = ModelOptions()
     parallel: ParallelOptions = ParallelOptions()

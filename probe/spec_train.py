@@ -11,12 +11,10 @@ from pydantic import Field, model_validator
 from probe.spec import (
     AdamW,
     Checkpoints,
-    JobName,
-    Labels,
     ModelOptions,
     ParallelOptions,
-    SpecModel,
 )
+from probe.spec_base import JobFields, SpecModel
 from probe.spec_mix import EvalTask, MixBatches, MixtureSources, Ratio
 
 LearningRate = Annotated[float, Field(gt=0, le=10)]
@@ -57,12 +55,10 @@ class TrainGrid(SpecModel):
         return self
 
 
-class MixTrainSpec(SpecModel):
+class MixTrainSpec(JobFields):
     """Every task after training on mixtures, against the checkpoint: what the scan predicts."""
 
     kind: Literal["mix_train"]
-    name: JobName
-    labels: Labels = Field(default_factory=dict)
     checkpoints: Checkpoints
     model: ModelOptions = ModelOptions()
     parallel: ParallelOptions = ParallelOptions()

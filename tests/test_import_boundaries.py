@@ -47,6 +47,7 @@ TORCH_FREE = (
     "probe.series",
     "probe.shares",
     "probe.spec",
+    "probe.spec_base",
     "probe.spec_load",
     "probe.spec_mix",
     "probe.plan_continual",
@@ -61,6 +62,7 @@ TORCH_FREE = (
     "probe.train_summary",
     "probe.train_text",
     "probe.unit_results",
+    "probe.worker_link",
 )
 MAY_IMPORT = {
     "probe": ("probe",),

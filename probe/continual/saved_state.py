@@ -29,6 +29,7 @@ from probe.assets import asset_directory
 from probe.errors import ProbeError
 from probe.result import RunRef
 from probe.result_continual import RunTask
+from probe.spec_base import NOT_MEASURED
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class SavedStates:
     """The states of one group of runs.
 
     Args:
-        spec: The resolved job spec without its name and labels.
+        spec: The resolved job spec; fields of the queue are left out.
         runs: Of the group.
         images_sha256: Of the data set.
         device: What it is trained on, as it is named in results.
@@ -65,7 +66,7 @@ class SavedStates:
     ) -> None:
         ingredients = {
             "format": _FORMAT,
-            "spec": {k: v for k, v in spec.items() if k not in ("name", "labels")},
+            "spec": {k: v for k, v in spec.items() if k not in NOT_MEASURED},
             "runs": [run.model_dump() for run in runs],
             "images": images_sha256,
             "device": device,

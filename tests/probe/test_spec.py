@@ -1,6 +1,7 @@
 """Job specs: what is accepted, what is refused, and what the refusal says."""
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -204,3 +205,48 @@ def test_a_bad_file_says_what_is_wrong(tmp_path, text, says):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         load_spec(tmp_path / "nowhere.yaml")
+
+
+# What is for people and for the queue
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"priority": 7}, {"time_limit_s": 60.0}, {"webhook": "https://example.org/x"}, {"name": "b"}],
+)
+def test_what_the_queue_reads_is_no_part_of_the_measurement(fields):
+    assert spec_sha256(parse_spec(MINIMAL | fields)) == spec_sha256(parse_spec(MINIMAL))
+
+
+def test_the_webhook_address_is_never_shown_again():
+    spec = parse_spec(MINIMAL | {"webhook": "https://example.org/secret-path"})
+    assert spec.webhook == "https://example.org/secret-path"
+    assert "webhook" not in resolved(spec)
+    assert "secret-path" not in json.dumps(resolved(spec))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("priority", 0, "greater than or equal to 1"),
+        ("priority", 10_001, "less than or equal to 10000"),
+        ("priority", True, "valid integer"),
+        ("time_limit_s", 0, "greater than 0"),
+        ("time_limit_s", float("inf"), "finite"),
+        ("webhook", "ftp://example.org/", "must begin with https://"),
+        ("webhook", "https:///path", "name a host"),
+        ("webhook", "https://user:word@example.org/", "user name or a password"),
+        ("webhook", "https://example.org/a b", "plain ASCII"),
+        ("webhook", "https://example.org/#x", "fragment"),
+        ("webhook", "https://[::1", "is not an address"),
+        ("webhook", "https://example.org:99999/", "is not an address"),
+        ("webhook", "https://example.org\\@other.org/", "plain ASCII"),
+    ],
+)
+def test_wrong_queue_fields_are_named(field, value, said):
+    with pytest.raises(SpecError) as caught:
+        parse_spec(MINIMAL | {field: value})
+    [problem] = caught.value.problems
+    assert problem["field"] == field
+    assert said in problem["message"]
+    assert field != "webhook" or value not in problem["message"]
