@@ -1,9 +1,9 @@
 """The process that measures: `python -m probe.rank`, one of several where torchrun starts them.
 
-With `--socket` it is fed units by a worker over a unix socket, as JSON lines, and lives no longer
-than that worker; each rank of a gang has a connection of its own and gets every message. With
-`--spec` it measures a whole job by itself and prints the same events on stdout. Logs go to stderr.
-Rank 0 speaks for all; of the others only `ready` and errors are heard.
+With `--socket` it is fed units by a worker over a unix socket or TCP, as JSON lines, and lives no
+longer than that worker; each rank of a gang has a connection of its own and gets every message.
+With `--spec` it measures a whole job by itself and prints the same events on stdout. Logs go to
+stderr. Rank 0 speaks for all; of the others only `ready` and errors are heard.
 
     worker -> rank: job {spec} | unit {unit, eta_init, next} | stop
     rank -> worker: ready {pid, device, rank} | progress {unit_id, data} | result {unit_id, result}
@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -44,6 +43,7 @@ from probe.spec import AdamW
 from probe.spec_continual import ContinualLearningSpec
 from probe.spec_load import load_spec, parse_spec
 from probe.unit_results import next_eta_init, parse_result
+from probe.worker_link import connect_to_worker
 
 if TYPE_CHECKING:
     from probe.continual.session import ContinualSession
@@ -196,14 +196,17 @@ def _of_this_rank(send: Send) -> Send:
     return send_own
 
 
-def serve_socket(path: str, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> int:
+def serve_socket(where: str, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> int:
     """Measure what a worker sends until it says stop or closes the socket. Returns 0.
 
     Between units every rank waits on its own connection, not on the others: a gang may be idle
     for longer than an exchange between ranks may take.
+
+    Args:
+        where: As `probe.worker_link.connect_to_worker`.
+        collective_timeout_s: Longest wait for other ranks in one exchange.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.connect(path)
+    with connect_to_worker(where) as connection:
         lines = connection.makefile("r", encoding="utf-8")
 
         def send(message: dict[str, Any]) -> None:
@@ -302,7 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry of `python -m probe.rank`."""
     parser = argparse.ArgumentParser(prog="python -m probe.rank", description=__doc__)
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--socket", help="unix socket of the worker that feeds units")
+    mode.add_argument("--socket", help="of the worker that feeds units: path or tcp://HOST:PORT")
     mode.add_argument("--spec", help="job file to measure without a server")
     parser.add_argument("--out", help="with --spec: write results there too, as JSON lines")
     parser.add_argument(

@@ -30,3 +30,10 @@ class WorkerNameTakenError(ProbeError):
     """Another worker on this machine already runs under this name."""
 
     code = "worker_name_taken"
+
+
+class PlacementError(ProbeError):
+    """The machines a gang needs cannot be had now."""
+
+    code = "placement_error"
+    retryable = True

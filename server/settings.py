@@ -5,6 +5,7 @@ Lists are written `a:b` (paths), `a,b` (the others) or as JSON.
 
 import json
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,7 +41,7 @@ class Settings(BaseSettings):
     database_url: str = Field(
         default_factory=lambda data: f"sqlite:///{data['data_dir'] / 'probe.db'}",
         pattern=r"^(sqlite:///.|postgresql\+psycopg://)",
-        description="sqlite:///path (default: probe.db in data_dir) or postgresql+psycopg://...",
+        description="sqlite:///path (default: probe.db in data_dir) or postgresql://...",
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="Of our own records; the queue's are never below WARNING."
@@ -103,9 +104,32 @@ class Settings(BaseSettings):
     )
     rank_command: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Command that starts the ranks of a gang, JSON list; `{socket}` and `{ranks}` "
-        "are filled in. Empty: torchrun with as many ranks of `probe.rank` as the job needs.",
+        description="Instead of torchrun with as many ranks of `probe.rank` as the job needs, JSON "
+        "list; `{socket}` and `{ranks}` are filled in. Launcher ray: instead of one `probe.rank`.",
     )
+    launcher: Literal["local", "ray"] = Field(
+        "local",
+        description="local: ranks on this machine; ray: on the nodes of a Ray cluster this machine "
+        "belongs to, which jobs with parallel.nodes above 1 need.",
+    )
+    ray_address: str = Field(
+        "auto",
+        pattern=r"^(auto|[^\s/:]+:[0-9]{1,5})$",
+        description="HOST:PORT of the cluster's head; auto: the cluster running on this machine.",
+    )
+    ray_listen_host: str | None = Field(
+        None,
+        description="Address of this machine that the cluster's nodes reach, for the ranks' "
+        "reports; None: the one on the way to the cluster's head.",
+    )
+    ray_wait_s: float = Field(
+        300.0, gt=0, description="How long a gang waits for free nodes before its try fails."
+    )
+
+    @field_validator("database_url", mode="before")
+    @classmethod
+    def _with_driver(cls, value: Any) -> Any:
+        return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", value, count=1)
 
     @field_validator("roots", mode="before")
     @classmethod

@@ -1,9 +1,9 @@
 """One gang of ranks: a child process tree that measures the units of one job.
 
-The worker starts it, hands it the job's spec and then one unit at a time over a unix socket, as
-JSON lines, and ends it. Every rank has a connection of its own and gets every command; rank 0
-speaks for all, each for its own errors. Model and data stay in the ranks' memory between units.
-Whatever goes wrong in here ends the gang and nothing else.
+A launcher says how it is started. The worker hands it the job's spec and then one unit at a time
+over a socket, as JSON lines, and ends it. Every rank has a connection of its own and gets every
+command; rank 0 speaks for all, each for its own errors. Model and data stay in the ranks' memory
+between units. Whatever goes wrong in here ends the gang and nothing else.
 """
 
 import asyncio
@@ -11,19 +11,19 @@ import contextlib
 import os
 import sys
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from probe.errors import ParallelismError, UnitCrashedError
-from probe.launch import TORCHRUN, thread_environment, torchrun_arguments
+from probe.errors import ConfigError, ParallelismError, UnitCrashedError
 from probe.result import Unit
 from probe.unit_results import AnyUnitResult, parse_result
+from server.launchers import GangShape, Launcher, LocalLauncher
 from server.worker import tether
 from server.worker.processes import MARK, kill_marked
-from server.worker.rank_socket import Heard, RankSocket
+from server.worker.rank_socket import Endpoint, Heard, RankSocket
 
 OnProgress = Callable[[dict[str, Any]], Awaitable[None]]
 
@@ -32,7 +32,7 @@ _TAIL_BYTES = 2000
 _EXIT_S = 5.0
 _LAST_WORDS_S = 1.0  # after the agent's end, for messages that are still on their way
 _VERDICT_S = 5.0  # after "another rank failed", for that rank's own error to arrive
-_SECRETS = ("PROBE_API_KEYS", "PROBE_DATABASE_URL")
+_SECRETS = ("PROBE_API_KEYS", "PROBE_DATABASE_URL", "PROBE_WEBHOOK_SECRET")
 
 
 class UnitFailedError(Exception):
@@ -52,31 +52,29 @@ class Gang:
         self,
         *,
         log_path: Path,
-        num_ranks: int = 1,
-        command: Sequence[str] = (),
+        launcher: Launcher | None = None,
+        shape: GangShape | None = None,
         start_s: float = 300.0,
         no_progress_s: float = 1800.0,
-        collective_timeout_s: float = 600.0,
     ) -> None:
         """Nothing is started yet.
 
         Args:
             log_path: Standard output and error of all ranks are added to it.
-            num_ranks: Processes that share the model.
-            command: What to start; `{socket}` and `{ranks}` are filled in. Empty: torchrun.
-            start_s: Seconds until the ranks must have reported.
+            launcher: How the ranks are started; None: by torchrun, here.
+            shape: Which ranks; None: one.
+            start_s: Seconds until the ranks must have reported, beside the launcher's `wait_s`.
             no_progress_s: Seconds a unit may pass without any message.
-            collective_timeout_s: Seconds one rank waits for the others in one exchange; for the
-                default command.
         """
         self.device = ""
-        self.num_ranks = num_ranks
-        self._command = tuple(command) or _default_command(num_ranks, collective_timeout_s)
+        self._shape = shape or GangShape()
+        self.num_ranks = self._shape.num_ranks
+        self._launcher = launcher or LocalLauncher()
         self._log_path = log_path
-        self._start_s = start_s
+        self._start_s = start_s + self._launcher.wait_s
         self._no_progress_s = no_progress_s
         self._mark = f"{WORKER_MARK}.{uuid.uuid4().hex}"
-        self._socket = RankSocket()
+        self._socket = RankSocket(self._launcher.listen_host)
         self._agent: asyncio.subprocess.Process | None = None
         self._exited: asyncio.Task[int] | None = None
 
@@ -86,7 +84,7 @@ class Gang:
         Raises:
             UnitFailedError: They ended, failed or did not report in time.
         """
-        await self._spawn(await self._socket.listen())
+        await self._spawn(await self._listen())
         ready: set[int | None] = set()
         try:
             async with asyncio.timeout(self._start_s):
@@ -102,23 +100,33 @@ class Gang:
             raise await self._crashed(late) from None
         await self._send({"type": "job", "spec": spec})
 
-    async def _spawn(self, path: Path) -> None:
-        values = {"{socket}": str(path), "{ranks}": str(self.num_ranks)}
-        command = [_filled_in(part, values) for part in self._command]
+    async def _listen(self) -> Endpoint:
+        try:
+            return await self._socket.listen()
+        except OSError as error:
+            raise UnitFailedError(
+                ConfigError.code, f"cannot listen for ranks: {error}", retryable=False
+            ) from error
+
+    async def _spawn(self, endpoint: Endpoint) -> None:
         environment = _environment()
+        try:
+            launch = self._launcher.launch(self._shape, endpoint, environment)
+        except ConfigError as error:
+            raise UnitFailedError(error.code, str(error), retryable=error.retryable) from error
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         with self._log_path.open("ab") as log:
             # A session of its own: Ctrl-C in the terminal is for the worker, which then ends
             # the gang in order. -I -S: the tether itself needs nothing but the interpreter.
             self._agent = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", tether.__file__, str(os.getpid())),
-                *command,
+                *launch.command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
                 env=environment
-                | thread_environment(self.num_ranks, environment)
+                | dict(launch.environment)
                 | {MARK: self._mark, "PYTHONUNBUFFERED": "1"},
             )
         self._exited = asyncio.create_task(self._agent.wait())
@@ -218,7 +226,8 @@ class Gang:
         return await self._crashed(f"{which} ended {when}{detail}")
 
     def _reported(self, message: dict[str, Any]) -> UnitFailedError:
-        rank = f"rank {message.get('rank', 0)}: " if self.num_ranks > 1 else ""
+        number = message.get("rank", 0)
+        rank = f"rank {number}: " if self.num_ranks > 1 and number is not None else ""
         return UnitFailedError(
             str(message["code"]),
             f"{rank}{message['message']}",
@@ -240,17 +249,6 @@ class Gang:
 def _environment() -> dict[str, str]:
     """Ours without secrets, for which ranks have no use, and without modules of the directory."""
     return {k: v for k, v in os.environ.items() if k not in _SECRETS} | {"PYTHONSAFEPATH": "1"}
-
-
-def _default_command(num_ranks: int, collective_timeout_s: float) -> tuple[str, ...]:
-    options = ("--socket", "{socket}", "--collective-timeout-s", f"{collective_timeout_s:g}")
-    return (sys.executable, "-m", TORCHRUN, *torchrun_arguments(num_ranks, *options))
-
-
-def _filled_in(part: str, values: dict[str, str]) -> str:
-    for name, value in values.items():
-        part = part.replace(name, value)
-    return part
 
 
 def _is_own_reason(heard: Heard) -> bool:

@@ -25,6 +25,7 @@ from probe.spec_continual import ContinualLearningSpec
 from probe.spec_load import parse_spec
 from probe.unit_results import AnyUnitResult, next_eta_init
 from server import queue
+from server.launchers import GangShape, launcher_for
 from server.settings import Settings
 from server.store import SqlStore
 from server.wire import JobError
@@ -183,13 +184,13 @@ class JobRunner:
     async def _start_gang(self, job_id: str) -> Gang:
         settings = self._settings
         plan = self._plans[job_id]
+        num_ranks = await asyncio.to_thread(_num_ranks, plan)
         gang = Gang(
             log_path=settings.data_dir / "logs" / f"{job_id}.log",
-            num_ranks=await asyncio.to_thread(_num_ranks, plan),
-            command=settings.rank_command,
+            launcher=launcher_for(settings),
+            shape=GangShape.of(plan.spec, num_ranks),
             start_s=settings.gang_start_s,
             no_progress_s=settings.unit_no_progress_s,
-            collective_timeout_s=settings.collective_timeout_s,
         )
         self._gangs[job_id] = gang
         await gang.start(plan.spec)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from server.launchers import GangShape, LocalLauncher
 from server.worker import gang as gang_module
 from server.worker.gang import Gang, UnitFailedError
 
@@ -38,8 +39,10 @@ def run(tmp_path, make_plan, make_result, monkeypatch):
     async def measure(script: dict[str, Any], **options: float) -> tuple[Any, list[Any]]:
         gang = Gang(
             log_path=tmp_path / "gang.log",
-            num_ranks=2,
-            command=[sys.executable, str(RANKS), "{socket}", "{ranks}", json.dumps(script)],
+            launcher=LocalLauncher(
+                (sys.executable, str(RANKS), "{socket}", "{ranks}", json.dumps(script))
+            ),
+            shape=GangShape(num_ranks=2),
             **{"start_s": FAR_S, "no_progress_s": FAR_S, **options},
         )
         try:

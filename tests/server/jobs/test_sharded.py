@@ -12,6 +12,7 @@ from probe.engine import Session
 from probe.plan import make_plan
 from probe.result import UnitResult, eta_init_hint
 from probe.spec_load import parse_spec
+from server.launchers import GangShape, LocalLauncher
 from server.worker import gang as gang_module
 from server.worker.gang import Gang, UnitFailedError
 
@@ -144,8 +145,10 @@ def test_the_collective_time_out_ends_a_silent_rank_but_not_an_idle_gang(
     timeout_s, trap = 5.0, tmp_path / "trap"
     gang = Gang(
         log_path=tmp_path / "gang.log",
-        num_ranks=2,
-        command=broken_command(trap, "--collective-timeout-s", str(timeout_s)),
+        launcher=LocalLauncher(
+            tuple(broken_command(trap, "--collective-timeout-s", str(timeout_s)))
+        ),
+        shape=GangShape(num_ranks=2),
     )
 
     async def on_progress(_progress: dict[str, Any]) -> None: ...
