@@ -11,23 +11,16 @@ from pathlib import Path
 import pytest
 
 from tests.deploy import dockerfile
+from tests.deploy.programs import program
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ["server", "worker"]
 PACKAGES = ("probe", "server", "clients")
 
 
-def beside_python(program: str) -> str:
-    """A command of this environment; skips where it is not installed."""
-    found = shutil.which(program, path=str(Path(sys.executable).parent)) or shutil.which(program)
-    if found is None:
-        pytest.skip(f"{program} is not installed (extra `dev`)")
-    return found
-
-
 def test_the_linter_has_nothing_to_say() -> None:
     done = subprocess.run(
-        [beside_python("hadolint"), "--no-color", "Dockerfile"],
+        [program("hadolint"), "--no-color", "Dockerfile"],
         cwd=ROOT,
         capture_output=True,
         text=True,
