@@ -20,6 +20,8 @@ from server.store_protocol import Store as Store
 from server.tables import events, job_labels, jobs, unit_results, workers
 from server.wire import TERMINAL, Event, EventType, JobError, JobStatus, JobView, WorkerView
 
+_MAX_SEQ = 2**31 - 1  # what the column holds; Postgres takes no larger number to compare with
+
 
 class SqlStore:
     """The `Store` on SQLite or Postgres. Making one creates what is missing in the database."""
@@ -29,8 +31,12 @@ class SqlStore:
         self._worker_stale_ms = int(worker_stale_s * 1000)
         self._workflows = queue.workflow_status_table(self.engine)
         self._now = tables.now_ms(self.engine)
-        tables.create_tables(self.engine)
-        self._client = queue.make_client(self.engine)
+        try:
+            tables.create_tables(self.engine)
+            self._client = queue.make_client(self.engine)
+        except BaseException:
+            self.engine.dispose()  # nobody else will: there is no store to close
+            raise
 
     def close(self) -> None:
         """Give the connections back."""
@@ -271,7 +277,7 @@ class SqlStore:
         self.settle(job_id)
         query = (
             sa.select(events)
-            .where(events.c.job_id == job_id, events.c.seq > after)
+            .where(events.c.job_id == job_id, events.c.seq > min(after, _MAX_SEQ))
             .order_by(events.c.seq)
             .limit(limit)
         )

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--name", help="stable name of this worker (default: HOSTNAME-0)")
     parser.add_argument("--queues", help="queues to take jobs from (default: gpu,cpu)")
     parser.add_argument("--data-dir", help="database, logs and locks")
-    parser.add_argument("--database-url", help="sqlite:///path or postgresql+psycopg://...")
+    parser.add_argument("--database-url", help="sqlite:///path or postgresql://...")
     parser.add_argument("--log-level", help="DEBUG, INFO, WARNING or ERROR (default: INFO)")
     parser.add_argument(
         "--check",

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from safetensors.numpy import save_file
 
+from server import queue
 from server.api.app import create_app
 from server.settings import Settings
 from server.store import SqlStore
@@ -42,8 +43,14 @@ def spec(series_spec: dict[str, Any], workspace: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(data_dir=tmp_path / "data", roots=[])
+def database_url(tmp_path: Path) -> str:
+    """SQLite only; a module that imports this fixture from `tests.server.conftest` has both."""
+    return f"sqlite:///{tmp_path / 'data' / 'probe.db'}"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, database_url: str) -> Settings:
+    return Settings(data_dir=tmp_path / "data", database_url=database_url, roots=[])
 
 
 @pytest.fixture
@@ -75,13 +82,12 @@ def end_job(store: SqlStore) -> Callable[[str], None]:
     """Makes a job succeed, as the worker's workflow would."""
 
     def end(job_id: str) -> None:
+        workflows = queue.workflow_status_table(store.engine)
         with store.engine.begin() as connection:
             connection.execute(
-                sa.text(
-                    "UPDATE workflow_status SET status = 'SUCCESS', completed_at = updated_at "
-                    "WHERE workflow_uuid = :id"
-                ),
-                {"id": job_id},
+                sa.update(workflows)
+                .where(workflows.c.workflow_uuid == job_id)
+                .values(status="SUCCESS", completed_at=sa.literal_column("updated_at"))
             )
 
     return end

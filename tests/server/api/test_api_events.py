@@ -8,6 +8,8 @@ import time
 import httpx
 import pytest
 
+from tests.server.conftest import database_url  # noqa: F401 (on both databases)
+
 DEADLINE_S = 30
 
 

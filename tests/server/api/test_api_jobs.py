@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.server.conftest import database_url  # noqa: F401 (on both databases)
+
 MISSING = "job_00000000000000000000000000"
 
 

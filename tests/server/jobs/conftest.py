@@ -139,8 +139,8 @@ def make_result_fixture() -> Callable[..., UnitResult]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[SqlStore]:
-    store = SqlStore(f"sqlite:///{tmp_path / 'data' / 'probe.db'}", worker_stale_s=60)
+def store(database_url: str) -> Iterator[SqlStore]:
+    store = SqlStore(database_url, worker_stale_s=60)
     yield store
     store.close()
 
@@ -148,11 +148,12 @@ def store(tmp_path: Path) -> Iterator[SqlStore]:
 class Lab:
     """A database, workers as real processes, and ranks that do as their job's spec says."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, database_url: str) -> None:
         self.directory = directory
         self.data_dir = directory / "data"
+        self.database_url = database_url
         self.mark = uuid.uuid4().hex
-        self.store = SqlStore(f"sqlite:///{self.data_dir / 'probe.db'}")
+        self.store = SqlStore(database_url)
         self.workers: list[subprocess.Popen[bytes]] = []
 
     def submit(
@@ -198,6 +199,7 @@ class Lab:
         rank = [*(TORCHRUN if torchrun else ()), str(FAKE_RANK), "--socket", "{socket}"]
         env = {
             "PROBE_DATA_DIR": str(self.data_dir),
+            "PROBE_DATABASE_URL": self.database_url,
             "PROBE_WORKER_NAME": name,
             "PROBE_RANK_COMMAND": json.dumps([sys.executable, *rank]),
             "PROBE_UNIT_RETRY_INTERVAL_S": "0.05",
@@ -277,8 +279,8 @@ class Lab:
 
 
 @pytest.fixture
-def lab(tmp_path: Path) -> Iterator[Lab]:
-    lab = Lab(tmp_path)
+def lab(tmp_path: Path, database_url: str) -> Iterator[Lab]:
+    lab = Lab(tmp_path, database_url)
     yield lab
     lab.close()
 

@@ -150,11 +150,10 @@ for number in range(10_000):
 
 
 def test_kill_9_of_a_server_while_it_takes_jobs(lab, make_plan):
-    database_url = f"sqlite:///{lab.data_dir / 'probe.db'}"
     answered = -1
     for _ in range(3):
         server = subprocess.Popen(
-            [sys.executable, "-c", SUBMITTER, database_url],
+            [sys.executable, "-c", SUBMITTER, lab.database_url],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

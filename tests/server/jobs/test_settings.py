@@ -38,6 +38,12 @@ def test_the_environment_is_read_and_lists_have_a_short_form(monkeypatch, tmp_pa
     assert settings.rank_command == ("run", "a,b")
 
 
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
+def test_postgres_is_named_as_everywhere_else(scheme):
+    url = Settings(database_url=f"{scheme}://u:postgres://@db:5432/probe").database_url
+    assert url == "postgresql+psycopg://u:postgres://@db:5432/probe"
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

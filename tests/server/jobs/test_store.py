@@ -1,4 +1,4 @@
-"""The store's promises, on SQLite; the worker's side of it is in test_worker and test_kill."""
+"""The store's promises, on SQLite and Postgres; test_worker and test_kill have the worker's."""
 
 import fcntl
 import threading
@@ -214,12 +214,27 @@ def test_a_finished_unit_clears_the_count_towards_a_crash_loop(store, create, ma
         assert connection.scalar(sa.select(workflows.c.recovery_attempts)) == 1
 
 
-def test_many_processes_may_open_a_new_database_at_once(tmp_path):
-    url = f"sqlite:///{tmp_path / 'new' / 'probe.db'}"
-    with ThreadPoolExecutor(6) as pool:
-        stores = list(pool.map(lambda _: SqlStore(url), range(6)))
+def open_at_once(url, number=6):
+    with ThreadPoolExecutor(number) as pool:
+        stores = list(pool.map(lambda _: SqlStore(url), range(number)))
     for store in stores:
         store.ready()
+    return stores
+
+
+@pytest.mark.postgres
+def test_many_processes_may_open_a_new_postgres_database_at_once(postgres):
+    name = postgres.new_database()
+    stores = open_at_once(postgres.url(name))
+    with stores[0].engine.connect() as connection:
+        assert connection.scalars(sa.select(tables.schema_version.c.version)).all() == [1]
+    for store in stores:
+        store.close()
+    postgres.drop_database(name)
+
+
+def test_many_processes_may_open_a_new_database_at_once(tmp_path):
+    stores = open_at_once(f"sqlite:///{tmp_path / 'new' / 'probe.db'}")
     with stores[0].engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
@@ -258,8 +273,8 @@ def test_a_newer_database_is_refused_and_a_broken_one_is_not_ready(store):
 def test_the_columns_we_read_from_dbos_are_there_and_mean_what_we_think(store, create):
     """The contract with DBOS: fails when another release moves what the joins rely on."""
     inspector = sa.inspect(store.engine)
-    found = {column["name"] for column in inspector.get_columns("workflow_status")}
     ours = queue.workflow_status_table(store.engine)
+    found = {c["name"] for c in inspector.get_columns("workflow_status", schema=ours.schema)}
     assert {column.name for column in ours.columns} <= found
     known = {"ENQUEUED", "DELAYED", "PENDING", "SUCCESS", "ERROR", "CANCELLED", queue.CRASH_LOOP}
     assert {status.value for status in WorkflowStatusString} == known
