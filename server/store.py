@@ -32,7 +32,7 @@ class SqlStore:
         self._workflows = queue.workflow_status_table(self.engine)
         self._now = tables.now_ms(self.engine)
         try:
-            tables.create_tables(self.engine)
+            self._revision = tables.create_tables(self.engine)
             self._client = queue.make_client(self.engine)
         except BaseException:
             self.engine.dispose()  # nobody else will: there is no store to close
@@ -369,8 +369,14 @@ class SqlStore:
             with self.engine.connect() as connection:
                 connection.execute(sa.select(jobs.c.id).limit(1)).first()
                 connection.execute(sa.select(self._workflows.c.status).limit(1)).first()
+                found = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
         except SQLAlchemyError as error:
             raise StoreNotReadyError(f"the database does not answer: {error}") from error
+        if found != self._revision:
+            raise StoreNotReadyError(
+                f"the database has schema revision {found}, this program needs {self._revision}: "
+                "restart it, or install the release that changed the database"
+            )
 
     # --- queries
 

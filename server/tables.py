@@ -1,4 +1,7 @@
-"""Our own tables, in the database DBOS uses too. Times are milliseconds since the epoch."""
+"""Our own tables, in the database DBOS uses too. Times are milliseconds since the epoch.
+
+They are made and changed by `server.migrations`; what stands here is what that comes to.
+"""
 
 import fcntl
 import time
@@ -9,14 +12,13 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from server import queue
-from server.errors import StoreVersionError
 
-SCHEMA_VERSION = 1
 _ADVISORY_LOCK = 0x5052_4F42  # any number, the same in every process
 _LOCK_POLL_S = 0.05
 
 metadata = sa.MetaData()
 
+# Only for the first release, which refuses a database of a higher version than its own.
 schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer))
 
 jobs = sa.Table(
@@ -43,6 +45,11 @@ jobs = sa.Table(
     sa.Column("num_events", sa.Integer, nullable=False),
     sa.Column("end_event", sa.String(32)),
     sa.Column("ended_at", sa.BigInteger),
+    sa.Column("queue", sa.String(16)),
+    sa.Column("webhook", sa.Text),  # perhaps a secret: never sent
+    sa.Column("submitted_by", sa.String(100)),  # name of the API key
+    # Brought here with its results: DBOS knows nothing of it, its state is its end_event.
+    sa.Column("imported_at", sa.BigInteger),
     sa.Index("jobs_kind", "kind", "id"),
     # What has yet to get its closing event is found without reading every job.
     sa.Index("jobs_open", "end_event", "id"),
@@ -76,6 +83,7 @@ events = sa.Table(
     sa.Column("type", sa.String(32), nullable=False),
     sa.Column("at", sa.BigInteger, nullable=False),
     sa.Column("data", sa.JSON, nullable=False),
+    sa.Index("events_at", "at"),
 )
 
 workers = sa.Table(
@@ -85,30 +93,59 @@ workers = sa.Table(
     sa.Column("last_heartbeat", sa.BigInteger, nullable=False),
     sa.Column("stopped", sa.Boolean, nullable=False),
     sa.Column("view", sa.JSON, nullable=False),
+    sa.Column("instance", sa.String(36)),  # of the process that holds the name's lease
+)
+
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    sa.Column("id", sa.String(32), primary_key=True),  # the part of a key that may be shown
+    sa.Column("name", sa.String(100), nullable=False, unique=True),
+    sa.Column("secret_sha256", sa.String(64), nullable=False),
+    sa.Column("scope", sa.String(16), nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("expires_at", sa.BigInteger),
+    sa.Column("revoked_at", sa.BigInteger),
+    sa.Column("last_used_at", sa.BigInteger),
+)
+
+# Written in one transaction with the closing event, so that no end goes untold.
+webhook_deliveries = sa.Table(
+    "webhook_deliveries",
+    metadata,
+    sa.Column("id", sa.String(36), primary_key=True),
+    sa.Column("job_id", sa.ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False, unique=True),
+    sa.Column("url", sa.Text, nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("num_attempts", sa.Integer, nullable=False),
+    sa.Column("next_attempt_at", sa.BigInteger),  # None: delivered, or given up
+    sa.Column("delivered_at", sa.BigInteger),
+    sa.Column("last_error", sa.Text),
+    sa.Index("webhook_deliveries_due", "next_attempt_at"),
 )
 
 
-def create_tables(engine: sa.Engine) -> None:
-    """Create what is missing, DBOS's tables included. Safe from several processes at once.
+def create_tables(engine: sa.Engine) -> str:
+    """Create or upgrade what is there, DBOS's tables included; the revision it comes to.
+
+    Safe from several processes at once.
 
     Raises:
         StoreVersionError: A newer program has written this database.
     """
+    from server import migrations  # alembic is needed for this moment only
+
     with _migration_lock(engine):
         queue.migrate(engine.url.render_as_string(hide_password=False))
         with engine.connect() as connection:
             if queue.is_sqlite(engine):
                 connection.exec_driver_sql("PRAGMA journal_mode=wal")
-            metadata.create_all(connection)
-            found = connection.scalar(sa.select(sa.func.max(schema_version.c.version)))
-            if found is None:
-                connection.execute(sa.insert(schema_version).values(version=SCHEMA_VERSION))
-            elif found > SCHEMA_VERSION:
-                raise StoreVersionError(
-                    f"the database has schema version {found}, this program knows "
-                    f"{SCHEMA_VERSION}: install the newer release, or use another database"
-                )
+                # Python's driver begins no transaction for DDL: a kill half-way must undo it all.
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            migrations.upgrade(connection)
             connection.commit()
+    return migrations.newest_revision()
 
 
 @contextmanager

@@ -8,8 +8,8 @@ import pytest
 import sqlalchemy as sa
 from dbos._sys_db import WorkflowStatusString
 
-from server import queue, tables
-from server.errors import IdempotencyConflictError, StoreNotReadyError, StoreVersionError
+from server import migrations, queue, tables
+from server.errors import IdempotencyConflictError, StoreNotReadyError
 from server.job_ids import new_job_id
 from server.store import SqlStore
 from server.wire import JobError
@@ -227,7 +227,7 @@ def test_many_processes_may_open_a_new_postgres_database_at_once(postgres):
     name = postgres.new_database()
     stores = open_at_once(postgres.url(name))
     with stores[0].engine.connect() as connection:
-        assert connection.scalars(sa.select(tables.schema_version.c.version)).all() == [1]
+        assert migrations.current_revision(connection) == migrations.newest_revision()
     for store in stores:
         store.close()
     postgres.drop_database(name)
@@ -240,7 +240,7 @@ def test_many_processes_may_open_a_new_database_at_once(tmp_path):
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
         assert connection.connection.dbapi_connection.isolation_level == "IMMEDIATE"
         assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == queue.BUSY_TIMEOUT_MS
-        assert connection.scalars(sa.select(tables.schema_version.c.version)).all() == [1]
+        assert migrations.current_revision(connection) == migrations.newest_revision()
     for store in stores:
         store.close()
 
@@ -256,15 +256,20 @@ def test_tables_are_made_by_one_process_at_a_time(tmp_path):
     assert not opening.is_alive()
 
 
-def test_a_newer_database_is_refused_and_a_broken_one_is_not_ready(store):
+def test_a_database_that_another_release_changes_is_not_ready(store):
+    store.ready()
     with store.engine.begin() as connection:
-        connection.execute(sa.update(tables.schema_version).values(version=99))
-    with pytest.raises(StoreVersionError, match="99"):
-        SqlStore(store.engine.url.render_as_string())
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '0001'"))
+    with pytest.raises(StoreNotReadyError, match=r"revision 0001, this program needs 0002"):
+        store.ready()
+
+
+def test_a_broken_database_is_not_ready(store):
     with store.engine.begin() as connection:
         connection.execute(sa.text("DROP TABLE unit_results"))
         connection.execute(sa.text("DROP TABLE job_labels"))
         connection.execute(sa.text("DROP TABLE events"))
+        connection.execute(sa.text("DROP TABLE webhook_deliveries"))
         connection.execute(sa.text("DROP TABLE jobs"))
     with pytest.raises(StoreNotReadyError):
         store.ready()
