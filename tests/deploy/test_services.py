@@ -1,0 +1,129 @@
+"""Every service of docker-compose.yml, run directly against a real Postgres over TCP."""
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.deploy.direct import ADMIN_KEY, PASSWORD, Services
+from tests.server.postgres import missing
+
+pytestmark = [pytest.mark.postgres, pytest.mark.slow]
+WORKERS = ("cpu-worker", "gpu-worker")
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    what = missing()
+    if what is not None:
+        pytest.skip(f"a Postgres needs {what}")
+    found = Services(tmp_path_factory.mktemp("compose"))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def before(services: Services) -> dict[str, Any]:
+    """What the health checks say while only Postgres is there."""
+    return {name: services.check(name) for name in ("server", *WORKERS)}
+
+
+@pytest.fixture(scope="module")
+def running(services: Services, before: dict[str, Any]) -> Services:
+    """Server and workers, started in the order in which they wait for each other."""
+    for name in ("server", *WORKERS):
+        services.start(name)
+        services.until(name, lambda name=name: services.check(name).returncode == 0)
+    return services
+
+
+@pytest.fixture
+def client(running: Services) -> Iterator[httpx.Client]:
+    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    address = f"http://127.0.0.1:{running.port}"
+    with httpx.Client(base_url=address, headers=headers, timeout=30, trust_env=False) as client:
+        yield client
+
+
+def test_postgres_is_well_once_it_answers(services: Services) -> None:
+    assert services.check("postgres", PGPORT=str(services.postgres.port)).returncode == 0
+    assert services.check("postgres", PGPORT="1").returncode == 2  # pg_isready: no response
+
+
+def test_what_does_not_run_is_not_well(before: dict[str, Any]) -> None:
+    assert {name: done.returncode for name, done in before.items()} == dict.fromkeys(before, 1)
+    assert "does not answer" in before["server"].stderr
+    for done in before.values():
+        assert PASSWORD not in done.stderr
+
+
+def test_what_runs_is_well(running: Services) -> None:
+    for name in ("server", *WORKERS):
+        done = running.check(name)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_worker_of_another_name_is_not_well(running: Services) -> None:
+    done = running.check("cpu-worker", PROBE_WORKER_NAME="cpu-1")
+    assert done.returncode == 1
+    assert "cpu-1" in done.stderr
+
+
+def test_a_silent_worker_is_not_well(running: Services) -> None:
+    """The bound that `--check` applies is the setting's: none is as fresh as a microsecond."""
+    done = running.check("cpu-worker", PROBE_WORKER_STALE_S="0.000001")
+    assert done.returncode == 1
+    assert "silent" in done.stderr
+
+
+def test_the_first_key_opens_the_server_and_none_does_not(client: httpx.Client) -> None:
+    workers = client.get("/v1/workers").json()["data"]
+    assert {(w["name"], tuple(w["queues"]), w["alive"]) for w in workers} == {
+        ("cpu-0", ("cpu",), True),
+        ("gpu-0", ("gpu",), True),
+    }
+    assert httpx.get(f"{client.base_url}/v1/workers", trust_env=False).status_code == 401
+
+
+def test_jobs_see_the_mounted_checkpoints_and_nothing_else(
+    client: httpx.Client, running: Services
+) -> None:
+    (running.directory / "secret.gguf").write_bytes(b"")
+    outside = client.post(
+        "/v1/checkpoints", json={"source": "gguf", "path": str(running.directory / "secret.gguf")}
+    )
+    assert (outside.status_code, outside.json()["code"]) == (422, "path_not_allowed")
+
+
+def test_a_job_goes_through_the_worker_of_its_queue(
+    client: httpx.Client, running: Services, continual_spec: dict[str, Any]
+) -> None:
+    continual_spec["model"]["device"] = "cpu"
+    continual_spec["stream"] |= {"num_tasks": 1, "epochs": 1}
+    for part in ("methods", "controls", "seeds"):
+        continual_spec[part] = continual_spec[part][:1]
+    job = client.post("/v1/jobs", json=continual_spec).raise_for_status().json()
+
+    def ended() -> dict[str, Any] | None:
+        found: dict[str, Any] = client.get(f"/v1/jobs/{job['id']}").json()
+        return found if found["status"] not in ("queued", "running") else None
+
+    assert running.until("cpu-worker", ended)["status"] == "succeeded"
+    (result,) = client.get(f"/v1/jobs/{job['id']}/results").json()["data"]
+    assert result["runs"][0]["tasks"][0]["outcome"] == "finished"
+
+
+def test_services_stop_when_asked_and_say_so(running: Services) -> None:
+    """Last: everything is down after it."""
+    orderly = {"server": -signal.SIGTERM}  # uvicorn shuts down, then ends by the signal it got
+    for name in (*WORKERS, "server"):
+        assert running.stop(name) == orderly.get(name, 0), running.log(name).read_text()
+        assert running.check(name).returncode == 1
+    assert "Application shutdown complete" in running.log("server").read_text()
+    assert "has stopped" in running.check("cpu-worker").stderr
+    for name in ("server", *WORKERS):
+        text = running.log(name).read_text()
+        assert PASSWORD not in text
+        assert ADMIN_KEY not in text
