@@ -79,6 +79,19 @@ class OutOfMemoryError(ProbeError):
     code = "out_of_memory"
 
 
+class DiskFullError(ProbeError):
+    """A file could not be written because its disk is full: it may have room later."""
+
+    code = "disk_full"
+    retryable = True
+
+
+class StorageError(ProbeError):
+    """A file or directory cannot be read or written: read-only, not permitted, broken."""
+
+    code = "storage_error"
+
+
 def error_class_for(code: str) -> type[ProbeError]:
     """The error class whose `code` this is; `ProbeError` for a code not known here."""
     pending: list[type[ProbeError]] = [ProbeError]

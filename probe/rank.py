@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from probe.errors import ConfigError, ProbeError
+from probe.failures import known_failure
 from probe.kinds import JobSpec
 from probe.parallel.join import (
     has_joined,
@@ -80,14 +81,14 @@ def die_with_parent(parent: int) -> None:
 
 
 def error_event(error: BaseException, unit_id: str | None) -> dict[str, Any]:
-    """Any exception as an `error` message; what is not ours has the code `internal_error`."""
-    ours = isinstance(error, ProbeError)
+    """Any exception as an `error` message; what nobody foresaw has the code `internal_error`."""
+    known = known_failure(error)
     return {
         "type": "error",
         "unit_id": unit_id,
-        "code": error.code if isinstance(error, ProbeError) else "internal_error",
-        "message": str(error) if ours else f"{type(error).__name__}: {error}",
-        "retryable": error.retryable if isinstance(error, ProbeError) else False,
+        "code": "internal_error" if known is None else known.code,
+        "message": f"{type(error).__name__}: {error}" if known is None else str(known),
+        "retryable": False if known is None else known.retryable,
         "traceback": "".join(traceback.format_exception(error)),
         "rank": rank_number(),
     }

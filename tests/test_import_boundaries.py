@@ -26,6 +26,7 @@ TORCH_FREE = (
     "probe.continual_summary",
     "probe.continual_text",
     "probe.errors",
+    "probe.failures",
     "probe.image_sizes",
     "probe.kinds",
     "probe.launch",
