@@ -46,6 +46,9 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="Of our own records; the queue's are never below WARNING."
     )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="json: one object per line, with job, unit, rank and worker."
+    )
 
     host: str = Field("127.0.0.1", description="Address the HTTP server listens on.")
     port: int = Field(8765, ge=0, le=65535, description="0: any free port.")
@@ -124,6 +127,13 @@ class Settings(BaseSettings):
     )
     ray_wait_s: float = Field(
         300.0, gt=0, description="How long a gang waits for free nodes before its try fails."
+    )
+
+    worker_metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="Of the worker's own /metrics; None: there is none."
+    )
+    worker_metrics_host: str = Field(
+        "127.0.0.1", description="Address of the worker's /metrics, which asks for no key."
     )
 
     @field_validator("database_url", mode="before")

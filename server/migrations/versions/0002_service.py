@@ -13,6 +13,7 @@ def upgrade() -> None:
         sa.Column("queue", sa.String(16)),
         sa.Column("webhook", sa.Text),
         sa.Column("submitted_by", sa.String(100)),
+        sa.Column("traceparent", sa.String(55)),
         sa.Column("imported_at", sa.BigInteger),
     ):
         op.add_column("jobs", column)
@@ -23,7 +24,7 @@ def upgrade() -> None:
     on_cpu = sa.func.coalesce(device, "auto") == "cpu"
     connection.execute(sa.update(jobs).values(queue=sa.case((on_cpu, "cpu"), else_="gpu")))
     op.add_column("workers", sa.Column("instance", sa.String(36)))
-    op.create_index("events_at", "events", ["at"])
+    op.create_index("events_at", "events", ["type", "at"])
     op.create_table(
         "api_keys",
         sa.Column("id", sa.String(32), primary_key=True),
