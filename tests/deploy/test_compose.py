@@ -215,7 +215,9 @@ def test_prometheus_scrapes_services_that_are_there(services: dict[str, dict[str
     (dns,) = workers["dns_sd_configs"]
     assert set(dns["names"]) == {"gpu-worker", "cpu-worker"}
     for name in dns["names"]:
-        assert services[name]["environment"]["PROBE_WORKER_METRICS_PORT"] == str(dns["port"])
+        own = services[name]["environment"]
+        assert own["PROBE_WORKER_METRICS_PORT"] == str(dns["port"])
+        assert own["PROBE_WORKER_METRICS_HOST"] == "0.0.0.0"  # Prometheus is another container
     # the key that one service writes is the file that the other reads
     assert server["authorization"]["credentials_file"] == "/run/metrics-key/key"
     assert "metrics-key:/run/metrics-key" in services["metrics-key"]["volumes"]

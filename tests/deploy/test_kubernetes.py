@@ -187,6 +187,7 @@ def test_ports_are_named_alike_everywhere() -> None:
     assert ports["probe-server"] == {"http": int(dockerfile.environment("server")["PROBE_PORT"])}
     for name in ("probe-gpu-worker", "probe-cpu-worker"):
         assert ports[name] == {"metrics": int(environment(name)["PROBE_WORKER_METRICS_PORT"])}
+        assert environment(name)["PROBE_WORKER_METRICS_HOST"] == "0.0.0.0"  # scraped from outside
     offered = {
         name: {port["name"]: port["targetPort"] for port in service["spec"]["ports"]}
         for name, service in named("Service").items()
