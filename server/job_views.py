@@ -10,11 +10,12 @@ from probe.mix_summary import summarise_unit
 from probe.result_continual import ContinualUnitResult
 from probe.result_mix import MixUnitResult
 from probe.result_train import MixTrainUnitResult
+from probe.spec_base import DEFAULT_PRIORITY
 from probe.train_summary import summarise_run
 from probe.unit_results import AnyUnitResult
 from server import queue
 from server.tables import jobs, unit_results
-from server.wire import JobError, JobView
+from server.wire import JobError, JobStatus, JobView
 
 
 def job_views(workflows: sa.Table) -> sa.Select[Any]:
@@ -26,10 +27,24 @@ def job_views(workflows: sa.Table) -> sa.Select[Any]:
         workflows.c.status.label("dbos_status"),
         workflows.c.completed_at.label("completed_at"),
         workflows.c.recovery_attempts.label("recovery_attempts"),
+        workflows.c.executor_id.label("executor_id"),
         _of_units(sa.func.count()).label("num_finished"),
         _of_units(sa.func.sum(without_answer)).label("num_without_answer"),
         _of_units(sa.func.sum(unit_results.c.num_forward_passes)).label("num_forward_passes"),
-    ).join(workflows, workflows.c.workflow_uuid == jobs.c.id)
+    ).outerjoin(workflows, workflows.c.workflow_uuid == jobs.c.id)  # imported jobs have none
+
+
+def in_status(workflows: sa.Table, status: str) -> sa.ColumnElement[bool]:
+    """The condition on `job_views` for one of our words; false for a word that is none."""
+    imported = sa.and_(jobs.c.imported_at.is_not(None), jobs.c.end_event == f"job.{status}")
+    return sa.or_(workflows.c.status.in_(queue.dbos_statuses(status)), imported)
+
+
+def _status(row: Any) -> JobStatus:
+    if row.imported_at is not None:
+        status: JobStatus = row.end_event.removeprefix("job.")
+        return status
+    return queue.job_status(row.dbos_status)
 
 
 def _of_units(aggregate: Any) -> sa.ScalarSelect[Any]:
@@ -65,7 +80,7 @@ def finished_data(result: AnyUnitResult) -> dict[str, Any]:
 
 
 def _job_error(row: Any) -> JobError | None:
-    if queue.job_status(row.dbos_status) != "failed":
+    if _status(row) != "failed":
         return None
     if row.error_code is not None:
         return JobError(code=row.error_code, message=row.error_message, unit_id=row.error_unit_id)
@@ -79,6 +94,8 @@ def _job_error(row: Any) -> JobError | None:
 
 
 def _finished_at(row: Any) -> dt.datetime | None:
+    if row.imported_at is not None:
+        return time_of(row.ended_at)
     if row.completed_at is None:
         return None
     # On SQLite DBOS's clock counts whole seconds; the closing event, written after it, tells the
@@ -89,12 +106,19 @@ def _finished_at(row: Any) -> dt.datetime | None:
 
 def job_view(row: Any) -> JobView:
     """One row of `job_views` as it is sent."""
+    status = _status(row)
     return JobView(
         id=row.id,
         kind=row.kind,
         name=row.name,
         labels=row.labels,
-        status=queue.job_status(row.dbos_status),
+        status=status,
+        queue=row.queue,
+        priority=row.spec.get("priority", DEFAULT_PRIORITY),
+        time_limit_s=row.spec.get("time_limit_s"),
+        submitted_by=row.submitted_by,
+        worker=row.executor_id if status == "running" else None,
+        imported_at=None if row.imported_at is None else time_of(row.imported_at),
         created_at=time_of(row.created_at),
         started_at=None if row.started_at is None else time_of(row.started_at),
         finished_at=_finished_at(row),

@@ -13,6 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer
 
+from probe.spec_base import DEFAULT_PRIORITY
 from server.settings import Queue
 from server.wire import JobStatus
 
@@ -113,8 +114,12 @@ def enqueue(
     job_id: str,
     queue: Queue,
     unit_ids: Sequence[str],
+    priority: int = DEFAULT_PRIORITY,
 ) -> None:
-    """Put a job on its queue inside the caller's transaction: both rows or none."""
+    """Put a job on its queue inside the caller's transaction: both rows or none.
+
+    The lowest priority number goes first, equal ones in the order they were put there.
+    """
     client.enqueue_in_transaction(
         connection,
         {
@@ -122,7 +127,7 @@ def enqueue(
             "queue_name": queue,
             "workflow_id": job_id,
             "app_version": APP_VERSION,
-            "priority": 100,  # unset would count as 0, before every explicit priority
+            "priority": priority,  # unset would count as 0, before every explicit priority
         },
         job_id,
         list(unit_ids),
@@ -153,6 +158,8 @@ def workflow_status_table(engine: sa.Engine) -> sa.Table:
         sa.Column("recovery_attempts", sa.BigInteger),
         sa.Column("completed_at", sa.BigInteger),  # ms since the epoch; None until it ended
         sa.Column("queue_name", sa.Text),
+        sa.Column("priority", sa.Integer),
+        sa.Column("created_at", sa.BigInteger),
         sa.Column("executor_id", sa.Text),
     )
 

@@ -11,11 +11,12 @@ import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
 from probe.result import Plan
+from probe.spec_base import DEFAULT_PRIORITY
 from probe.unit_results import AnyUnitResult, parse_result
 from server import queue, tables
 from server.errors import IdempotencyConflictError, StoreNotReadyError
 from server.job_ids import new_job_id
-from server.job_views import finished_data, job_view, job_views, time_of
+from server.job_views import finished_data, in_status, job_view, job_views, time_of
 from server.store_protocol import Store as Store
 from server.tables import events, job_labels, jobs, unit_results, workers
 from server.wire import TERMINAL, Event, EventType, JobError, JobStatus, JobView, WorkerView
@@ -58,6 +59,7 @@ class SqlStore:
                     job_id=job_id,
                     queue=queue.queue_for(plan.spec),
                     unit_ids=[unit.unit_id for unit in plan.units],
+                    priority=plan.spec.get("priority", DEFAULT_PRIORITY),
                 )
         if created or idempotency_key is None:
             view = self.get_job(job_id)
@@ -88,6 +90,7 @@ class SqlStore:
                 plan=plan.model_dump(mode="json"),
                 num_units=len(plan.units),
                 expected_forward_passes=plan.num_forward_passes,
+                queue=queue.queue_for(plan.spec),
                 idempotency_key=idempotency_key,
                 body_sha256=body_sha256,
                 created_at=now,
@@ -128,15 +131,18 @@ class SqlStore:
         *,
         status: str | None = None,
         kind: str | None = None,
+        queue: str | None = None,
         labels: dict[str, str] | None = None,
         after: str | None = None,
         limit: int = 50,
     ) -> tuple[list[JobView], bool]:
         query = job_views(self._workflows).order_by(jobs.c.id.desc()).limit(limit + 1)
         if status is not None:
-            query = query.where(self._workflows.c.status.in_(queue.dbos_statuses(status)))
+            query = query.where(in_status(self._workflows, status))
         if kind is not None:
             query = query.where(jobs.c.kind == kind)
+        if queue is not None:
+            query = query.where(jobs.c.queue == queue)
         if after is not None:
             query = query.where(jobs.c.id < after)
         for key, value in (labels or {}).items():
@@ -154,11 +160,17 @@ class SqlStore:
     def count_jobs(self) -> dict[str, int]:
         status, job_id = self._workflows.c.status, self._workflows.c.workflow_uuid
         query = sa.select(status, sa.func.count()).join(jobs, jobs.c.id == job_id)
+        imported = sa.select(jobs.c.end_event, sa.func.count()).where(
+            jobs.c.imported_at.is_not(None)
+        )
         with self.engine.connect() as connection:
             rows = connection.execute(query.group_by(status)).all()
+            brought = connection.execute(imported.group_by(jobs.c.end_event)).all()
         counts: dict[str, int] = dict.fromkeys(get_args(JobStatus), 0)
         for dbos_status, number in rows:
             counts[queue.job_status(dbos_status)] += number
+        for end_event, number in brought:
+            counts[end_event.removeprefix("job.")] += number
         return counts
 
     def cancel_job(self, job_id: str) -> JobView | None:

@@ -29,6 +29,7 @@ class Store(Protocol):
         *,
         status: str | None = None,
         kind: str | None = None,
+        queue: str | None = None,
         labels: dict[str, str] | None = None,
         after: str | None = None,
         limit: int = 50,

@@ -82,6 +82,22 @@ class JobView(_Wire):
     num_forward_passes: int = Field(description="Spent so far by finished units.")
     expected_forward_passes: int = Field(description="Of the whole job, from its plan.")
     error: JobError | None = None
+    queue: str | None = Field(None, description="gpu or cpu.")
+    priority: int = Field(100, description="Place in the queue: 1 first, 10000 last.")
+    time_limit_s: float | None = Field(None, description="Seconds from the first start; or none.")
+    submitted_by: str | None = Field(None, description="Name of the API key it came with.")
+    worker: str | None = Field(None, description="Name of the worker that runs it, while it does.")
+    queue_position: int | None = Field(
+        None, description="While queued: 1 is the next one taken from its queue."
+    )
+    estimated_start: dt.datetime | None = Field(
+        None,
+        description="While queued: about when it starts. None: no live worker takes from its "
+        "queue, or no job of that queue has finished yet to tell how long one takes.",
+    )
+    imported_at: dt.datetime | None = Field(
+        None, description="When it was brought here from another server, with its results."
+    )
     spec: dict[str, Any]
     spec_sha256: str
 

@@ -15,7 +15,7 @@ from server.api.bodies import read_json, sha256_of
 from server.api.context import JobDep, SettingsDep, StoreDep, known_query
 from server.api.problems import job_not_found, responses
 from server.api.roots import check_checkpoints, check_found, check_spec
-from server.settings import Settings
+from server.settings import Queue, Settings
 from server.store import Store
 from server.wire import CheckpointList, JobList, JobStatus, JobView
 
@@ -107,6 +107,7 @@ def list_jobs(
     store: StoreDep,
     status: Annotated[JobStatus | None, Query()] = None,
     kind: Annotated[JobKind | None, Query()] = None,
+    queue: Annotated[Queue | None, Query()] = None,
     label: Annotated[list[_Label] | None, Query(description="key=value; all must match")] = None,
     after: Annotated[
         str | None,
@@ -117,7 +118,7 @@ def list_jobs(
     """Jobs, newest first, a page at a time."""
     labels = dict(pair.split("=", 1) for pair in label or ())
     jobs, has_more = store.list_jobs(
-        status=status, kind=kind, labels=labels, after=after, limit=limit
+        status=status, kind=kind, queue=queue, labels=labels, after=after, limit=limit
     )
     return JobList(data=jobs, has_more=has_more)
 
