@@ -10,10 +10,13 @@ import socket
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 Queue = Literal["gpu", "cpu"]
+_WEBHOOK_HOST = re.compile(
+    r"((\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?"
+)
 
 
 def _split(value: Any, separator: str) -> Any:
@@ -32,7 +35,12 @@ def _default_data_dir() -> Path:
 class Settings(BaseSettings):
     """One object for both processes; each reads the part it needs."""
 
-    model_config = SettingsConfigDict(env_prefix="PROBE_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="PROBE_",
+        frozen=True,
+        extra="ignore",
+        hide_input_in_errors=True,  # it may be a secret
+    )
 
     data_dir: Path = Field(
         default_factory=_default_data_dir,
@@ -61,6 +69,31 @@ class Settings(BaseSettings):
         description="Accepted bearer keys. Empty: no key asked, accepted on loopback only.",
     )
 
+    hub_repos: Annotated[list[str], NoDecode] = Field(
+        default_factory=list,
+        description="Patterns of hub repositories jobs may name, models and data sets: allenai/*. "
+        "One with :// is for optimizer states: https://host/*. Empty: any.",
+    )
+    rate_limit_per_s: float = Field(
+        50.0, gt=0, description="Requests a second of one API key, without keys of one address."
+    )
+    rate_limit_burst: int = Field(200, ge=1, description="So many at once before that counts.")
+    max_event_streams: int = Field(
+        500, ge=1, description="Event streams open at once of one API key or address."
+    )
+    max_body_bytes: int = Field(
+        1 << 20, ge=1024, le=1 << 30, description="Of a request's body, sent in chunks or not."
+    )
+    webhook_secret: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="Signs what jobs' webhooks are sent. None: jobs with a webhook are refused.",
+    )
+    webhook_hosts: Annotated[list[str], NoDecode] = Field(
+        default_factory=list,
+        description="Hosts a webhook may name: host, *.suffix, either with :port. Empty: none.",
+    )
+
     worker_name: str = Field(
         default_factory=lambda: f"{socket.gethostname()}-0",
         pattern=r"^[A-Za-z0-9._-]{1,100}$",
@@ -74,9 +107,12 @@ class Settings(BaseSettings):
     )
     cpu_slots: int = Field(1, ge=1, le=256, description="Jobs of queue cpu at once per worker.")
     queue_poll_s: float = Field(0.5, gt=0, le=60, description="How often a queue is looked at.")
-    heartbeat_s: float = Field(5.0, gt=0, le=600, description="Time between heartbeats.")
+    heartbeat_s: float = Field(10.0, gt=0, le=600, description="Time between heartbeats.")
     worker_stale_s: float = Field(
-        30.0, gt=0, description="A worker silent for longer is shown as not alive."
+        60.0,
+        gt=0,
+        description="How long a worker may be silent before it counts as dead and its jobs go to "
+        "others; the same for every worker of a database, at least 4 heartbeats.",
     )
     unit_max_attempts: int = Field(
         3, ge=1, le=100, description="Tries of one unit before its job fails."
@@ -136,6 +172,17 @@ class Settings(BaseSettings):
         "127.0.0.1", description="Address of the worker's /metrics, which asks for no key."
     )
 
+    @field_validator("worker_stale_s")
+    @classmethod
+    def _several_heartbeats(cls, value: float, info: ValidationInfo) -> float:
+        heartbeat_s = info.data.get("heartbeat_s", value)
+        if value < 4 * heartbeat_s:
+            raise ValueError(
+                f"{value:g} s is less than 4 heartbeats of {heartbeat_s:g} s: a worker would count "
+                "as dead for one heartbeat that came late; raise it, or lower heartbeat_s"
+            )
+        return value
+
     @field_validator("database_url", mode="before")
     @classmethod
     def _with_driver(cls, value: Any) -> Any:
@@ -146,10 +193,20 @@ class Settings(BaseSettings):
     def _paths(cls, value: Any) -> Any:
         return _split(value, os.pathsep)
 
-    @field_validator("api_keys", "queues", "rank_command", mode="before")
+    @field_validator(
+        *("api_keys", "hub_repos", "webhook_hosts", "queues", "rank_command"), mode="before"
+    )
     @classmethod
     def _names(cls, value: Any) -> Any:
         return _split(value, ",")
+
+    @field_validator("webhook_hosts", mode="after")
+    @classmethod
+    def _are_hosts(cls, value: list[str]) -> list[str]:
+        for entry in value:
+            if not _WEBHOOK_HOST.fullmatch(entry):
+                raise ValueError(f"{entry!r} is no host: write host, *.suffix, host:port or [::1]")
+        return [entry.lower() for entry in value]
 
     @field_validator("roots", mode="after")
     @classmethod
