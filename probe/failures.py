@@ -8,7 +8,9 @@ import errno
 from probe.errors import DiskFullError, OutOfMemoryError, ProbeError, StorageError
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-_CLOSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO})
+_CLOSED = frozenset(
+    {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EIO}
+)
 
 
 def known_failure(error: BaseException) -> ProbeError | None:

@@ -18,10 +18,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from probe.errors import ConfigError, ParallelismError, UnitCrashedError
+from probe.failures import known_failure
 from probe.result import Unit
 from probe.unit_results import AnyUnitResult, parse_result
 from server.launchers import GangShape, Launcher, LocalLauncher
-from server.worker import tether
+from server.worker import oom_killer, tether
 from server.worker.processes import MARK, kill_marked
 from server.worker.rank_socket import Endpoint, Heard, RankSocket
 
@@ -77,6 +78,7 @@ class Gang:
         self._socket = RankSocket(self._launcher.listen_host)
         self._agent: asyncio.subprocess.Process | None = None
         self._exited: asyncio.Task[int] | None = None
+        self._kills_before = oom_killer.num_kills()
 
     async def start(self, spec: dict[str, Any]) -> None:
         """Start the ranks, wait until all have reported, and give them the job's spec.
@@ -84,7 +86,11 @@ class Gang:
         Raises:
             UnitFailedError: They ended, failed or did not report in time.
         """
-        await self._spawn(await self._listen())
+        endpoint = await self._listen()
+        try:
+            await self._spawn(endpoint)
+        except OSError as error:  # the log, or the process: no room, not permitted, no memory
+            raise _not_started(error) from error
         ready: set[int | None] = set()
         try:
             async with asyncio.timeout(self._start_s):
@@ -104,6 +110,8 @@ class Gang:
         try:
             return await self._socket.listen()
         except OSError as error:
+            if known_failure(error) is not None:  # of the directory of the socket
+                raise _not_started(error) from error
             raise UnitFailedError(
                 ConfigError.code, f"cannot listen for ranks: {error}", retryable=False
             ) from error
@@ -242,8 +250,18 @@ class Gang:
             with contextlib.suppress(TimeoutError):
                 code = await asyncio.wait_for(asyncio.shield(self._exited), _EXIT_S)
                 status = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+        status += oom_killer.remark(self._kills_before)
         message = f"{what} ({status}); log {self._log_path} ends:\n{_tail(self._log_path)}"
         return UnitFailedError(UnitCrashedError.code, message, retryable=True)
+
+
+def _not_started(error: OSError) -> UnitFailedError:
+    known = known_failure(error)
+    if known is None:
+        message = f"the ranks cannot be started: {error}"
+        return UnitFailedError(UnitCrashedError.code, message, retryable=True)
+    message = f"the ranks cannot be started: {known}"
+    return UnitFailedError(known.code, message, retryable=known.retryable)
 
 
 def _environment() -> dict[str, str]:

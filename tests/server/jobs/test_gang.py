@@ -11,6 +11,7 @@ import pytest
 
 from server.launchers import GangShape, LocalLauncher
 from server.worker import gang as gang_module
+from server.worker import oom_killer
 from server.worker.gang import Gang, UnitFailedError
 
 RANKS = Path(__file__).with_name("gang_ranks.py")
@@ -125,3 +126,15 @@ def test_silent_ranks_are_given_up(run):
     started = time.monotonic()
     assert failure(run, no_progress_s=0.2).code == "unit_stalled"
     assert time.monotonic() - started < FAR_S
+
+
+def test_a_rank_the_kernel_killed_for_lack_of_memory_is_reported_so(run, tmp_path, monkeypatch):
+    counters = tmp_path / "vmstat"
+    counters.write_text("oom_kill 3\n")
+    monkeypatch.setattr(oom_killer, "COUNTERS", counters)
+    assert "lack of memory" not in str(failure(run, [0, None]))
+    remark = oom_killer.remark
+    monkeypatch.setattr(oom_killer, "remark", lambda before: remark(before - 1))
+    lost = failure(run, [0, None])
+    assert (lost.code, lost.retryable) == ("unit_crashed", True)
+    assert "meanwhile the kernel killed a process for lack of memory" in lost.message
