@@ -29,6 +29,7 @@ from server.launchers import GangShape, launcher_for
 from server.settings import Settings
 from server.store import SqlStore
 from server.wire import JobError
+from server.worker import time_limit
 from server.worker.gang import Gang, OnProgress, UnitFailedError
 
 logger = logging.getLogger(__name__)
@@ -96,17 +97,31 @@ class JobRunner:
         unit = self._plans[job_id].units[index]
         if await self._database(self._store.unit_result, job_id, index) is not None:
             return unit.unit_id
-        eta_init = await self._eta_init(job_id, index)
+        limit_s = time_limit.limit_of(self._plans[job_id])
+        passed_s = 0.0 if limit_s is None else await self._database(self._passed_s, job_id)
+        try:
+            async with time_limit.within(limit_s, passed_s):
+                result = await self._measured(job_id, unit)
+        except UnitFailedError as failure:
+            if failure.code == time_limit.TIME_LIMIT_EXCEEDED:
+                await self._failed(job_id, unit, 1, failure)
+            raise
+        await self._database(self._store.record_unit, job_id, result)
+        return unit.unit_id
+
+    def _passed_s(self, job_id: str) -> float:
+        return time_limit.seconds_since_start(self._store.engine, job_id)
+
+    async def _measured(self, job_id: str, unit: Unit) -> AnyUnitResult:
+        """The unit's result, after as many tries as it takes or gets."""
+        eta_init = await self._eta_init(job_id, unit.index)
         attempt = 1
         while True:
             try:
-                result = await self._attempt(job_id, unit, eta_init, attempt)
-                break
+                return await self._attempt(job_id, unit, eta_init, attempt)
             except UnitFailedError as failure:
                 await self._failed(job_id, unit, attempt, failure)
                 attempt += 1
-        await self._database(self._store.record_unit, job_id, result)
-        return unit.unit_id
 
     async def _begin(self, job_id: str) -> None:
         plan = await self._database(self._store.get_plan, job_id)
@@ -218,7 +233,7 @@ class JobRunner:
             except DBAPIError as error:
                 if not (isinstance(error, OperationalError) or error.connection_invalidated):
                     raise
-                logger.warning("the database does not answer, trying again: %s", error)
+                logger.warning("the database does not answer, trying again: %s", error.orig)
                 await asyncio.sleep(_DATABASE_RETRY_S)
 
 

@@ -157,7 +157,11 @@ class Lab:
         self.workers: list[subprocess.Popen[bytes]] = []
 
     def submit(
-        self, acts: dict[int, list[str]] | None = None, num_units: int = 3, device: str = "auto"
+        self,
+        acts: dict[int, list[str]] | None = None,
+        num_units: int = 3,
+        device: str = "auto",
+        **spec: Any,
     ) -> str:
         """Queue a job; `acts` says by unit index what each try does (see fake_rank)."""
         name = uuid.uuid4().hex[:8]
@@ -169,6 +173,7 @@ class Lab:
             release=str(self.directory / f"{name}.release"),
             acts={_unit(index).unit_id: value for index, value in (acts or {}).items()},
             result=template,
+            **spec,
         )
         return self.store.create_job(plan=plan, idempotency_key=None, body_sha256="0")[0].id
 
