@@ -54,6 +54,8 @@ jobs = sa.Table(
     sa.Index("jobs_kind", "kind", "id"),
     # What has yet to get its closing event is found without reading every job.
     sa.Index("jobs_open", "end_event", "id"),
+    # The latest that ended in a queue tell how long a job there takes.
+    sa.Index("jobs_queue", "queue", "end_event", "id"),
 )
 
 job_labels = sa.Table(

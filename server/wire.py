@@ -179,6 +179,9 @@ class WorkerView(_Wire):
     pid: int
     queues: list[str]
     device: str
+    slots: dict[str, int] = Field(
+        default_factory=dict, description="Queue -> how many of its jobs run at once."
+    )
     started_at: dt.datetime
     last_heartbeat: dt.datetime
     alive: bool

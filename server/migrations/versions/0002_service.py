@@ -23,6 +23,7 @@ def upgrade() -> None:
     device = jobs.c.spec["model"]["device"].as_string()
     on_cpu = sa.func.coalesce(device, "auto") == "cpu"
     connection.execute(sa.update(jobs).values(queue=sa.case((on_cpu, "cpu"), else_="gpu")))
+    op.create_index("jobs_queue", "jobs", ["queue", "end_event", "id"])
     op.add_column("workers", sa.Column("instance", sa.String(36)))
     op.create_index("events_at", "events", ["type", "at"])
     op.create_table(
