@@ -27,9 +27,21 @@ class StoreVersionError(ProbeError):
 
 
 class WorkerNameTakenError(ProbeError):
-    """Another worker on this machine already runs under this name."""
+    """Another worker already runs under this name."""
 
     code = "worker_name_taken"
+
+
+class WorkerStuckError(ProbeError):
+    """The queue gave this worker a job and never began it, again and again."""
+
+    code = "worker_stuck"
+
+
+class JobTakenError(ProbeError):
+    """The job has been taken over by another worker, or was cancelled."""
+
+    code = "job_taken"
 
 
 class PlacementError(ProbeError):

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer
+from dbos import (
+    DBOS,
+    DBOSClient,
+    DBOSConfig,
+    DBOSPortableJSONSerializer,
+    _dbos,  # for active_ids alone; a contract test holds it
+)
 
 from probe.spec_base import DEFAULT_PRIORITY
 from server.settings import Queue
@@ -24,6 +30,14 @@ APP_VERSION = "1"
 WORKFLOW_NAME = "probe"
 DBOS_SCHEMA = "dbos"  # Postgres only; SQLite has no schemas
 BUSY_TIMEOUT_MS = 30_000
+# A database machine that vanishes says nothing: without these a call may wait for hours.
+_POSTGRES_PATIENCE = {
+    "connect_timeout": 10,  # s
+    "keepalives_idle": 15,  # s
+    "keepalives_interval": 5,  # s
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,  # ms
+}
 
 _STATUS: dict[str, JobStatus] = {
     "ENQUEUED": "queued",
@@ -58,6 +72,13 @@ def is_sqlite(engine: sa.Engine) -> bool:
     return engine.dialect.name == "sqlite"
 
 
+def insert(engine: sa.Engine, table: sa.Table) -> Any:
+    """An insert that knows `on_conflict`, which only the dialects' own do."""
+    if is_sqlite(engine):
+        return sa.dialects.sqlite.insert(table)
+    return sa.dialects.postgresql.insert(table)
+
+
 def create_engine(database_url: str) -> sa.Engine:
     """One engine per process, shared by our tables and by DBOS.
 
@@ -67,7 +88,9 @@ def create_engine(database_url: str) -> sa.Engine:
     """
     url = sa.make_url(database_url)
     if url.get_backend_name() != "sqlite":
-        engine = sa.create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=10)
+        engine = sa.create_engine(
+            url, pool_pre_ping=True, pool_size=10, max_overflow=10, connect_args=_POSTGRES_PATIENCE
+        )
         sa.event.listen(engine, "handle_error", _count_as_disconnect)
         return engine
     if url.database:
@@ -148,6 +171,12 @@ def worker_config(engine: sa.Engine, database_url: str, executor_id: str) -> DBO
     }
 
 
+def active_ids() -> set[str]:
+    """Jobs whose workflow DBOS is running in this process; empty before its launch."""
+    dbos = _dbos._dbos_global_instance
+    return set() if dbos is None else set(dbos._active_workflows_set.activeList())
+
+
 def workflow_status_table(engine: sa.Engine) -> sa.Table:
     """The columns of DBOS's `workflow_status` that we read."""
     return sa.Table(
@@ -161,6 +190,7 @@ def workflow_status_table(engine: sa.Engine) -> sa.Table:
         sa.Column("priority", sa.Integer),
         sa.Column("created_at", sa.BigInteger),
         sa.Column("executor_id", sa.Text),
+        sa.Column("owner_xid", sa.Text),  # the token of the execution that has the job
     )
 
 

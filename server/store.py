@@ -5,6 +5,8 @@ keeps a second copy. Unit results are keyed (job_id, unit_index): the first one 
 SQLite (WAL) by default, Postgres by the same code.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, get_args
 
 import sqlalchemy as sa
@@ -15,8 +17,10 @@ from probe.spec_base import DEFAULT_PRIORITY
 from probe.unit_results import AnyUnitResult, parse_result
 from server import queue, tables
 from server.errors import IdempotencyConflictError, StoreNotReadyError
+from server.fence import require_owner
 from server.job_ids import new_job_id
 from server.job_views import finished_data, in_status, job_view, job_views, time_of
+from server.queue_position import Forecast
 from server.store_protocol import Store as Store
 from server.tables import events, job_labels, jobs, unit_results, workers
 from server.wire import TERMINAL, Event, EventType, JobError, JobStatus, JobView, WorkerView
@@ -27,11 +31,12 @@ _MAX_SEQ = 2**31 - 1  # what the column holds; Postgres takes no larger number t
 class SqlStore:
     """The `Store` on SQLite or Postgres. Making one creates what is missing in the database."""
 
-    def __init__(self, database_url: str, *, worker_stale_s: float = 30.0) -> None:
+    def __init__(self, database_url: str, *, worker_stale_s: float = 60.0) -> None:
         self.engine = queue.create_engine(database_url)
         self._worker_stale_ms = int(worker_stale_s * 1000)
         self._workflows = queue.workflow_status_table(self.engine)
         self._now = tables.now_ms(self.engine)
+        self._forecast = Forecast(self.engine, worker_stale_s)
         try:
             self._revision = tables.create_tables(self.engine)
             self._client = queue.make_client(self.engine)
@@ -79,7 +84,7 @@ class SqlStore:
         labels: dict[str, str] = plan.spec.get("labels", {})
         now = connection.scalar(sa.select(self._now))
         inserted = connection.execute(
-            self._insert(jobs)
+            queue.insert(self.engine, jobs)
             .values(
                 id=job_id,
                 kind=plan.kind,
@@ -124,7 +129,7 @@ class SqlStore:
     def get_job(self, job_id: str) -> JobView | None:
         with self.engine.connect() as connection:
             row = connection.execute(job_views(self._workflows).where(jobs.c.id == job_id)).first()
-        return None if row is None else job_view(row)
+        return None if row is None else self._forecast.add_to([job_view(row)])[0]
 
     def list_jobs(
         self,
@@ -155,7 +160,7 @@ class SqlStore:
             )
         with self.engine.connect() as connection:
             rows = connection.execute(query).all()
-        return [job_view(row) for row in rows[:limit]], len(rows) > limit
+        return self._forecast.add_to([job_view(r) for r in rows[:limit]]), len(rows) > limit
 
     def count_jobs(self) -> dict[str, int]:
         status, job_id = self._workflows.c.status, self._workflows.c.workflow_uuid
@@ -186,9 +191,9 @@ class SqlStore:
             plan = connection.scalar(sa.select(jobs.c.plan).where(jobs.c.id == job_id))
         return None if plan is None else Plan.model_validate(plan)
 
-    def mark_running(self, job_id: str, worker: str) -> None:
+    def mark_running(self, job_id: str, worker: str, owner: str | None = None) -> None:
         """Note that a worker has begun with a job, for the first time or again."""
-        with self.engine.begin() as connection:
+        with self._writing(job_id, owner) as connection:
             connection.execute(
                 sa.update(jobs)
                 .where(jobs.c.id == job_id)
@@ -196,9 +201,9 @@ class SqlStore:
             )
             self._append(connection, job_id, "job.running", {"worker": worker})
 
-    def record_error(self, job_id: str, error: JobError) -> None:
+    def record_error(self, job_id: str, error: JobError, owner: str | None = None) -> None:
         """Keep the last failure; it is shown once the job itself has failed."""
-        with self.engine.begin() as connection:
+        with self._writing(job_id, owner) as connection:
             connection.execute(
                 sa.update(jobs)
                 .where(jobs.c.id == job_id)
@@ -211,11 +216,11 @@ class SqlStore:
 
     # --- unit results
 
-    def record_unit(self, job_id: str, result: AnyUnitResult) -> bool:
+    def record_unit(self, job_id: str, result: AnyUnitResult, owner: str | None = None) -> bool:
         unit = result.unit
-        with self.engine.begin() as connection:
+        with self._writing(job_id, owner) as connection:
             inserted = connection.execute(
-                self._insert(unit_results)
+                queue.insert(self.engine, unit_results)
                 .values(
                     job_id=job_id,
                     unit_index=unit.index,
@@ -261,9 +266,17 @@ class SqlStore:
 
     # --- events
 
-    def append_event(self, job_id: str, type: EventType, data: dict[str, Any]) -> Event | None:
-        with self.engine.begin() as connection:
+    def append_event(
+        self, job_id: str, type: EventType, data: dict[str, Any], owner: str | None = None
+    ) -> Event | None:
+        with self._writing(job_id, owner) as connection:
             return self._append(connection, job_id, type, data)
+
+    @contextmanager
+    def _writing(self, job_id: str, owner: str | None) -> Iterator[sa.Connection]:
+        with self.engine.begin() as connection:
+            require_owner(connection, job_id, owner)
+            yield connection
 
     def _append(
         self, connection: sa.Connection, job_id: str, type: EventType, data: dict[str, Any]
@@ -348,18 +361,6 @@ class SqlStore:
 
     # --- workers
 
-    def beat(self, worker: WorkerView) -> None:
-        values = {
-            "last_heartbeat": self._now,
-            "stopped": not worker.alive,
-            "view": worker.model_dump(mode="json"),
-        }
-        statement = self._insert(workers).values(name=worker.name, **values)
-        with self.engine.begin() as connection:
-            connection.execute(
-                statement.on_conflict_do_update(index_elements=["name"], set_=values)
-            )
-
     def list_workers(self) -> list[WorkerView]:
         query = sa.select(workers, self._now.label("now"))
         with self.engine.connect() as connection:
@@ -389,11 +390,3 @@ class SqlStore:
                 f"the database has schema revision {found}, this program needs {self._revision}: "
                 "restart it, or install the release that changed the database"
             )
-
-    # --- queries
-
-    def _insert(self, table: sa.Table) -> Any:
-        # `on_conflict` is not part of the generic insert, only of both dialects'.
-        if queue.is_sqlite(self.engine):
-            return sa.dialects.sqlite.insert(table)
-        return sa.dialects.postgresql.insert(table)

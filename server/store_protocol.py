@@ -44,21 +44,29 @@ class Store(Protocol):
 
     def get_plan(self, job_id: str) -> Plan | None: ...
 
-    def record_unit(self, job_id: str, result: AnyUnitResult) -> bool:
-        """Store a unit's result once, with its `unit.finished`; False when it was there already."""
+    def record_unit(self, job_id: str, result: AnyUnitResult, owner: str | None = None) -> bool:
+        """Store a unit's result once, with its `unit.finished`; False when it was there already.
+
+        Raises:
+            JobTakenError: The execution with the token `owner` no longer has the job.
+        """
 
     def unit_results(self, job_id: str) -> list[AnyUnitResult]: ...
 
-    def append_event(self, job_id: str, type: EventType, data: dict[str, Any]) -> Event | None:
-        """Add to a job's events; None once the job's closing event stands."""
+    def append_event(
+        self, job_id: str, type: EventType, data: dict[str, Any], owner: str | None = None
+    ) -> Event | None:
+        """Add to a job's events; None once the job's closing event stands.
+
+        Raises:
+            JobTakenError: The execution with the token `owner` no longer has the job.
+        """
 
     def events_after(self, job_id: str, after: int, limit: int = 1000) -> list[Event]:
         """Events with an id above `after`, in order; a finished job's last one is `job.*ed`."""
 
     def notable_events(self, job_id: str, limit: int) -> tuple[list[Event], int]:
         """The last `limit` events that are not progress, in order; and the last id of all."""
-
-    def beat(self, worker: WorkerView) -> None: ...
 
     def list_workers(self) -> list[WorkerView]: ...
 

@@ -4,13 +4,16 @@ The workflow's input is the ordered list of units, so a replay after a crash tak
 steps. A unit's result is recorded in our table before DBOS hears that the step is done; a step
 that runs again finds it there. Numbers never depend on interruptions: the first guess of a
 search comes from the recorded result of the unit before, never from a process's memory.
+
+A job can be taken from here while it runs: cancelled, or given to another worker because this
+one was silent for too long. Its execution then ends without another word (see `server.fence`).
 """
 
 import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from dbos import DBOS
@@ -25,11 +28,13 @@ from probe.spec_continual import ContinualLearningSpec
 from probe.spec_load import parse_spec
 from probe.unit_results import AnyUnitResult, next_eta_init
 from server import queue
+from server.fence import execution_token
 from server.launchers import GangShape, launcher_for
 from server.settings import Settings
 from server.store import SqlStore
-from server.wire import JobError
+from server.wire import EventType, JobError
 from server.worker import time_limit
+from server.worker.execution import Execution
 from server.worker.gang import Gang, OnProgress, UnitFailedError
 
 logger = logging.getLogger(__name__)
@@ -56,13 +61,29 @@ class JobRunner:
         self._store = store
         self._settings = settings
         self._stopping = stopping
-        self._plans: dict[str, Plan] = {}
-        self._gangs: dict[str, Gang] = {}
+        self._executions: dict[str, Execution] = {}
 
     @property
     def job_ids(self) -> list[str]:
         """Jobs being run now."""
-        return sorted(self._plans)
+        return sorted(self._executions)
+
+    def tokens(self) -> dict[str, str]:
+        """The token of every job being run now. From any thread, as the next two."""
+        return {execution.job_id: execution.token for execution in self._copy()}
+
+    def active_ids(self) -> set[str]:
+        """Jobs that are begun, run, or ended but not yet so recorded, in this process."""
+        return queue.active_ids() | set(self.tokens())
+
+    def leave(self, tokens: Mapping[str, str]) -> None:
+        """Give up these jobs at once, if they still run under these tokens."""
+        for execution in self._copy():
+            if tokens.get(execution.job_id) == execution.token:
+                execution.leave()
+
+    def _copy(self) -> list[Execution]:
+        return list(self._executions.copy().values())
 
     def register(self) -> None:
         """Make the workflow known to DBOS; once per process, before its launch."""
@@ -75,16 +96,29 @@ class JobRunner:
             name=queue.WORKFLOW_NAME, max_recovery_attempts=self._settings.max_dispatches
         )
         async def probe(job_id: str, unit_ids: list[str]) -> int:
+            execution = await self._enter(job_id, execution_token(job_id))
             try:
-                await self._begin(job_id)
+                await self._begin(execution)
                 for index in range(len(unit_ids)):
                     await unit(job_id, index)
-                await self._end_gang(job_id)
+                await execution.end_gang()
             finally:
-                self._kill_gang(job_id)
-                self._plans.pop(job_id, None)
+                execution.kill_gang()
+                del self._executions[job_id]
+                execution.ended.set()
                 logger.info("%s ends here", job_id, extra={"event": "job.left", "job_id": job_id})
             return len(unit_ids)
+
+    async def _enter(self, job_id: str, token: str) -> Execution:
+        """An execution of its own for the job, after any earlier one in this process has ended.
+
+        A job can be taken from here and come back before we know: the heartbeat was late.
+        """
+        while (earlier := self._executions.get(job_id)) is not None:
+            earlier.leave()
+            await earlier.ended.wait()
+        execution = self._executions[job_id] = Execution(job_id, token)
+        return execution
 
     async def run_unit(self, job_id: str, index: int) -> str:
         """Measure and record one unit, unless its result is there; returns its id.
@@ -93,42 +127,45 @@ class JobRunner:
 
         Raises:
             UnitFailedError: It cannot help, or the tries are used up.
+            JobTakenError: The job is no longer ours.
         """
-        unit = self._plans[job_id].units[index]
+        execution = self._executions[job_id]
+        unit = execution.plan.units[index]
         if await self._database(self._store.unit_result, job_id, index) is not None:
             return unit.unit_id
-        limit_s = time_limit.limit_of(self._plans[job_id])
+        limit_s = time_limit.limit_of(execution.plan)
         passed_s = 0.0 if limit_s is None else await self._database(self._passed_s, job_id)
         try:
             async with time_limit.within(limit_s, passed_s):
-                result = await self._measured(job_id, unit)
+                result = await self._measured(execution, unit)
         except UnitFailedError as failure:
             if failure.code == time_limit.TIME_LIMIT_EXCEEDED:
-                await self._failed(job_id, unit, 1, failure)
+                await self._failed(execution, unit, 1, failure)
             raise
-        await self._database(self._store.record_unit, job_id, result)
+        await self._database(self._store.record_unit, job_id, result, execution.token)
         return unit.unit_id
 
     def _passed_s(self, job_id: str) -> float:
         return time_limit.seconds_since_start(self._store.engine, job_id)
 
-    async def _measured(self, job_id: str, unit: Unit) -> AnyUnitResult:
+    async def _measured(self, execution: Execution, unit: Unit) -> AnyUnitResult:
         """The unit's result, after as many tries as it takes or gets."""
-        eta_init = await self._eta_init(job_id, unit.index)
+        eta_init = await self._eta_init(execution.job_id, unit.index)
         attempt = 1
         while True:
             try:
-                return await self._attempt(job_id, unit, eta_init, attempt)
+                return await self._attempt(execution, unit, eta_init, attempt)
             except UnitFailedError as failure:
-                await self._failed(job_id, unit, attempt, failure)
+                await self._failed(execution, unit, attempt, failure)
                 attempt += 1
 
-    async def _begin(self, job_id: str) -> None:
+    async def _begin(self, execution: Execution) -> None:
+        job_id = execution.job_id
         plan = await self._database(self._store.get_plan, job_id)
         assert plan is not None, f"{job_id} is queued without a job"
-        self._plans[job_id] = plan
+        execution.plan = plan
         name = self._settings.worker_name
-        await self._database(self._store.mark_running, job_id, name)
+        await self._database(self._store.mark_running, job_id, name, execution.token)
         logger.info("%s begins", job_id, extra={"event": "job.running", "job_id": job_id})
 
     async def _eta_init(self, job_id: str, index: int) -> dict[str, float] | None:
@@ -141,33 +178,35 @@ class JobRunner:
         return None
 
     async def _attempt(
-        self, job_id: str, unit: Unit, eta_init: dict[str, float] | None, attempt: int
+        self, execution: Execution, unit: Unit, eta_init: dict[str, float] | None, attempt: int
     ) -> AnyUnitResult:
         about = {"unit_id": unit.unit_id, "index": unit.index}
         try:
-            gang = self._gangs.get(job_id) or await self._start_gang(job_id)
+            gang = execution.gang or await self._start_gang(execution)
             started = about | {"attempt": attempt, "device": gang.device}
-            await self._database(self._store.append_event, job_id, "unit.started", started)
-            following = self._plans[job_id].units[unit.index + 1 : unit.index + 2]
+            await self._tell(execution, "unit.started", started)
+            following = execution.plan.units[unit.index + 1 : unit.index + 2]
             upcoming = following[0] if following else None
-            return await gang.measure(unit, eta_init, self._throttled(job_id, about), upcoming)
+            return await gang.measure(unit, eta_init, self._throttled(execution, about), upcoming)
         except BaseException:
             # Also when cancelled. After any error the next try gets fresh processes: an
             # out-of-memory or a CUDA fault leaves more behind than can be cleaned up.
-            self._kill_gang(job_id)
+            execution.kill_gang()
             raise
 
     async def _failed(
-        self, job_id: str, unit: Unit, attempt: int, failure: UnitFailedError
+        self, execution: Execution, unit: Unit, attempt: int, failure: UnitFailedError
     ) -> None:
         """Note a failed try and wait for the next one, or raise the failure."""
         # Whoever stops a machine ends every process at once, the ranks perhaps before us: then
         # the unit did not fail, it was interrupted. The shutdown cancels the endless wait; the
         # job goes on at the next start.
+        execution.require_here()
         if await asyncio.to_thread(self._stopping.wait, _STOP_GRACE_S):
             await asyncio.Event().wait()
+        job_id = execution.job_id
         error = JobError(code=failure.code, message=failure.message, unit_id=unit.unit_id)
-        await self._database(self._store.record_error, job_id, error)
+        await self._database(self._store.record_error, job_id, error, execution.token)
         last = not failure.retryable or attempt >= self._settings.unit_max_attempts
         logger.warning(
             "%s: try %d of unit %s failed%s: %s",
@@ -179,10 +218,10 @@ class JobRunner:
         settings = self._settings
         wait_s = settings.unit_retry_interval_s * settings.unit_retry_backoff ** (attempt - 1)
         data = error.model_dump() | {"index": unit.index, "attempt": attempt, "wait_s": wait_s}
-        await self._database(self._store.append_event, job_id, "unit.retrying", data)
-        await asyncio.sleep(wait_s)
+        await self._tell(execution, "unit.retrying", data)
+        await execution.sleep(wait_s)
 
-    def _throttled(self, job_id: str, about: dict[str, Any]) -> OnProgress:
+    def _throttled(self, execution: Execution, about: dict[str, Any]) -> OnProgress:
         phase, due = None, 0.0
 
         async def on_progress(progress: dict[str, Any]) -> None:
@@ -191,36 +230,30 @@ class JobRunner:
             if progress.get("phase") == phase and now < due:
                 return
             phase, due = progress.get("phase"), now + _PROGRESS_INTERVAL_S
-            data = about | progress
-            await self._database(self._store.append_event, job_id, "unit.progress", data)
+            await self._tell(execution, "unit.progress", about | progress)
 
         return on_progress
 
-    async def _start_gang(self, job_id: str) -> Gang:
+    async def _tell(self, execution: Execution, type: EventType, data: dict[str, Any]) -> None:
+        append = self._store.append_event
+        await self._database(append, execution.job_id, type, data, execution.token)
+
+    async def _start_gang(self, execution: Execution) -> Gang:
         settings = self._settings
-        plan = self._plans[job_id]
+        plan = execution.plan
         num_ranks = await asyncio.to_thread(_num_ranks, plan)
         gang = Gang(
-            log_path=settings.data_dir / "logs" / f"{job_id}.log",
+            log_path=settings.data_dir / "logs" / f"{execution.job_id}.log",
             launcher=launcher_for(settings),
             shape=GangShape.of(plan.spec, num_ranks),
             start_s=settings.gang_start_s,
             no_progress_s=settings.unit_no_progress_s,
         )
-        self._gangs[job_id] = gang
+        execution.gang = gang
+        execution.require_here()
         await gang.start(plan.spec)
         self.device = gang.device
         return gang
-
-    async def _end_gang(self, job_id: str) -> None:
-        gang = self._gangs.get(job_id)
-        if gang is not None:
-            await gang.stop()
-
-    def _kill_gang(self, job_id: str) -> None:
-        gang = self._gangs.pop(job_id, None)
-        if gang is not None:
-            gang.kill()
 
     async def _database(self, call: Callable[P, R], *args: P.args, **kw: P.kwargs) -> R:
         """Run a call of the store in a thread; wait out a database that does not answer.

@@ -1,75 +1,108 @@
-"""The worker process: name lock, DBOS, heartbeats, signals, orderly end."""
+"""The worker process: its name, DBOS, what it does for all workers, signals, orderly end."""
 
 import datetime as dt
-import fcntl
 import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from dbos import DBOS, error
 
 from server import queue
-from server.errors import WorkerNameTakenError
+from server.errors import JobTakenError, WorkerNameTakenError, WorkerStuckError
 from server.settings import Settings
 from server.store import SqlStore
 from server.wire import WorkerView
 from server.worker.gang import WORKER_MARK, UnitFailedError
+from server.worker.heartbeat import Heartbeat
 from server.worker.job_runner import JobRunner
-from server.worker.orphans import adopt_orphans, lock_path
+from server.worker.lease import Lease
+from server.worker.name_lock import NameLock, hold_name
+from server.worker.orphans import adopt_by_lease, adopt_orphans
 from server.worker.processes import kill_marked
 
 logger = logging.getLogger(__name__)
 
-_LOCK_S = 1.0  # another worker may hold a dead one's lock for the moment it takes its jobs over
+_RESTARTS = (
+    "PROBE_WORKER_RESTARTS"  # "number:time of the first", handed to the process that follows
+)
+_MAX_RESTARTS = 3
+_RESTARTS_WITHIN_S = 3600.0
 
 
 def run_worker(settings: Settings) -> None:
     """Work until SIGTERM or SIGINT.
 
     Jobs under way go on when a worker of this name starts again, or in another worker of the
-    same data directory.
+    same database. A worker whose queue has lost a job starts itself again, as a new process in
+    place of this one.
 
     Raises:
-        WorkerNameTakenError: A worker of that name runs on this data directory.
+        WorkerNameTakenError: A worker of that name runs, or has taken over.
+        WorkerStuckError: Starting itself again did not help.
         StoreVersionError: The database is newer than this program.
     """
+    restarts = os.environ.pop(_RESTARTS, "")
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    with _name_lock(settings):
-        _Worker(settings).run()
+    with hold_name(settings) as lock:
+        stuck = _Worker(settings, lock).run()
+    if stuck:
+        environment = os.environ | {_RESTARTS: _counted(restarts, stuck)}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 class _Worker:
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, lock: NameLock) -> None:
         self._settings = settings
+        self._lock = lock
         self._stopping = threading.Event()
         self._started_at = dt.datetime.now(dt.UTC)
+        self._lost: WorkerNameTakenError | None = None
+        self._stuck: list[str] = []
         self._store = SqlStore(settings.database_url, worker_stale_s=settings.worker_stale_s)
         self._runner = JobRunner(self._store, settings, self._stopping)
+        self._lease = Lease(
+            self._store.engine, settings.worker_name, str(uuid.uuid4()), settings.worker_stale_s
+        )
+        self._heartbeat = Heartbeat(
+            self._lease,
+            self._runner,
+            self._view,
+            heartbeat_s=settings.heartbeat_s,
+            worker_stale_s=settings.worker_stale_s,
+            on_lost=self._on_lost,
+            on_stuck=self._on_stuck,
+        )
 
-    def run(self) -> None:
+    def run(self) -> list[str]:
+        """Work until asked to stop; jobs that only a new start can bring back, usually none."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        self._launch()
         try:
+            self._take_name()
+            self._launch()
+            self._heartbeat.start()
             while not self._stopping.is_set():
-                self._beat(alive=True)
-                self._adopt()
+                self._keep_house()
                 self._stopping.wait(self._settings.heartbeat_s)
         finally:
-            self._stopping.set()
-            DBOS.destroy()  # cancels what runs; each unit under way ends its own gang
-            kill_marked(WORKER_MARK)
-            self._beat(alive=False)
-            self._store.close()
+            self._end()
+        if self._lost is not None:
+            raise self._lost
         logger.info("worker %s has stopped", self._settings.worker_name)
+        return self._stuck
+
+    def _take_name(self) -> None:
+        # Written before and after: a process that dies between the two leaves proof for both.
+        self._lock.write(self._lease.instance, *self._lock.ended)
+        self._lease.take(self._view(), self._lock.ended)
+        self._lock.write(self._lease.instance)
 
     def _launch(self) -> None:
         settings = self._settings
@@ -95,31 +128,62 @@ class _Worker:
             "worker %s takes jobs from %s", settings.worker_name, " and ".join(settings.queues)
         )
 
-    def _beat(self, *, alive: bool) -> None:
-        now = dt.datetime.now(dt.UTC)
-        view = WorkerView(
+    def _end(self) -> None:
+        self._stopping.set()
+        DBOS.destroy()  # cancels what runs; each unit under way ends its own gang
+        kill_marked(WORKER_MARK)
+        if self._heartbeat.is_alive():
+            self._heartbeat.stop()
+        try:
+            self._lease.release(self._view(alive=False))
+        except Exception:
+            logger.exception("the end was not written: others see it when the lease has run out")
+        self._store.close()
+
+    def _view(self, *, alive: bool = True) -> WorkerView:
+        return WorkerView(
             name=self._settings.worker_name,
             hostname=socket.gethostname(),
             pid=os.getpid(),
             queues=list(self._settings.queues),
             device=self._runner.device or _device(),
             started_at=self._started_at,
-            last_heartbeat=now,
+            last_heartbeat=dt.datetime.now(dt.UTC),
             alive=alive,
             current_job_ids=self._runner.job_ids if alive else [],
         )
-        try:
-            self._store.beat(view)
-            self._store.settle_all()
-        except Exception:
-            logger.exception("no heartbeat written, the next one may succeed")
 
-    def _adopt(self) -> None:
-        settings = self._settings
+    def _keep_house(self) -> None:
+        """What any worker does for all: closing events, jobs of the dead."""
+        settings, engine = self._settings, self._store.engine
         try:
-            adopt_orphans(self._store.engine, settings.data_dir, settings.worker_name)
+            self._store.settle_all()
+            adopt_orphans(engine, settings.data_dir, settings.worker_name)
+            adopt_by_lease(
+                engine,
+                settings.worker_name,
+                worker_stale_s=settings.worker_stale_s,
+                guess=self._heartbeat.steadiness.is_steady,
+            )
         except Exception:
             logger.exception("jobs of dead workers not looked for, the next try may succeed")
+
+    def _on_lost(self, error: WorkerNameTakenError) -> None:
+        # Its ranks first: the holder of the name may be starting the same jobs right now.
+        self._lost = error
+        self._stopping.set()
+        kill_marked(WORKER_MARK)
+
+    def _on_stuck(self, job_ids: list[str]) -> None:
+        if self._stopping.is_set():  # then nothing begins
+            return
+        logger.error(
+            "the queue gave %s to this worker and never began it: starting again",
+            ", ".join(job_ids),
+            extra={"event": "worker.stuck"},
+        )
+        self._stuck = job_ids
+        self._stopping.set()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self._stopping.is_set():  # asked twice: at once, the gangs die with us
@@ -128,31 +192,22 @@ class _Worker:
         self._stopping.set()
 
 
-@contextmanager
-def _name_lock(settings: Settings) -> Iterator[None]:
-    path = lock_path(settings.data_dir, settings.worker_name)
-    with path.open("a+") as lock:
-        deadline = time.monotonic() + _LOCK_S
-        while not (locked := _try_lock(lock)) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        if not locked:
-            lock.seek(0)
-            raise WorkerNameTakenError(
-                f"a worker named {settings.worker_name!r} already runs here "
-                f"(process {lock.read().strip() or 'unknown'}): use --name to start another one"
-            )
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
+def _counted(restarts: str, stuck: list[str]) -> str:
+    """One start more, in the form of `PROBE_WORKER_RESTARTS`.
 
-
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+    Raises:
+        WorkerStuckError: There were too many lately.
+    """
+    number, _, first = restarts.partition(":")
+    if not first or time.time() - float(first) > _RESTARTS_WITHIN_S:
+        return f"1:{time.time():.0f}"
+    if int(number) >= _MAX_RESTARTS:
+        raise WorkerStuckError(
+            f"the queue gave {', '.join(stuck)} to this worker and never began it, also after "
+            f"{number} starts within an hour: see the log above for errors of the queue, then "
+            "start the worker by hand, or cancel the job"
+        )
+    return f"{int(number) + 1}:{first}"
 
 
 def _device() -> str:
@@ -164,9 +219,11 @@ def _device() -> str:
 
 
 def _without_expected_ends(record: logging.LogRecord) -> bool:
-    """Drop what DBOS says of a failed unit, a cancelled job, a stop: ordinary, and told by us."""
+    """Drop what DBOS says of a failed unit, a cancelled or taken job, a stop: told by us."""
     raised = record.exc_info[1] if record.exc_info else None
-    if isinstance(raised, UnitFailedError | error.DBOSAwaitedWorkflowCancelledError):
+    if isinstance(
+        raised, UnitFailedError | JobTakenError | error.DBOSAwaitedWorkflowCancelledError
+    ):
         return False
     message = record.getMessage()
     return "cancelled during execution" not in message and "task cancelled" not in message

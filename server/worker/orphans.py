@@ -1,32 +1,29 @@
-"""Jobs that a dead worker of this data directory has left: back to their queue they go.
+"""Jobs that dead workers have left: back to their queue they go, attempts and priority kept.
 
-A worker holds a lock on `worker-NAME.lock` for as long as it lives, however it ends, so a lock
-that can be had says that its worker is gone; no clock is asked. Workers that run elsewhere have
-no lock here and are left alone.
+A worker is dead when its lock on this data directory can be had, when it has said that it ended,
+or when its lease has run out. The first two are proof; the last is a guess about a clock, made
+only by a worker that has itself been in steady touch with the database for longer than a lease
+lasts. A guess that is wrong costs a unit measured twice, never a result recorded twice: every
+write of a job is refused to whoever no longer has it.
 """
 
-import fcntl
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import sqlalchemy as sa
 from dbos import DBOS
 
-from server import queue
+from server import queue, tables
+from server.tables import workers
+from server.worker.name_lock import lock_path, try_lock
 
 logger = logging.getLogger(__name__)
 
 
-def lock_path(data_dir: Path, name: str) -> Path:
-    """The file that the worker of this name locks."""
-    return data_dir / f"worker-{name}.lock"
-
-
 def adopt_orphans(engine: sa.Engine, data_dir: Path, own_name: str) -> list[str]:
-    """Queue the unfinished jobs of dead workers again; call it after DBOS's launch.
+    """Queue the jobs again that dead workers of this data directory have left.
 
     Returns:
         Names of the workers whose jobs were queued; usually none.
@@ -39,23 +36,62 @@ def adopt_orphans(engine: sa.Engine, data_dir: Path, own_name: str) -> list[str]
     adopted = []
     for name in names:
         # Held meanwhile: a worker of that name that starts now waits, and finds them queued.
-        with _lock_of_a_dead_worker(lock_path(data_dir, name)) as lock:
-            if lock is not None:
-                DBOS._recover_pending_workflows([name])
-                logger.info("jobs of worker %s, which is gone, are queued again", name)
+        with _lock_of_a_dead_worker(lock_path(data_dir, name)) as is_dead:
+            if is_dead:
+                queue_again([name], "its lock is free")
                 adopted.append(name)
     return adopted
 
 
+def adopt_by_lease(
+    engine: sa.Engine, own_name: str, *, worker_stale_s: float, guess: bool
+) -> list[str]:
+    """Queue the jobs again of workers that have said they ended, wherever they were.
+
+    Args:
+        engine: The database.
+        own_name: A worker never takes from itself: its own start does.
+        worker_stale_s: How long a lease lasts, on the database's clock.
+        guess: Also those whose lease has run out, or who have none.
+
+    Returns:
+        Names of the workers whose jobs were queued; usually none.
+    """
+    workflows = queue.workflow_status_table(engine)
+    silent_ms = tables.now_ms(engine) - workers.c.last_heartbeat
+    gone: sa.ColumnElement[bool] = workers.c.stopped
+    if guess:
+        gone = sa.or_(gone, workers.c.name.is_(None), silent_ms > worker_stale_s * 1000)
+    query = (
+        sa.select(workflows.c.executor_id)
+        .distinct()
+        .select_from(workflows.outerjoin(workers, workers.c.name == workflows.c.executor_id))
+        .where(workflows.c.status == "PENDING", workflows.c.executor_id != own_name, gone)
+    )
+    with engine.connect() as connection:
+        names = [name for name in connection.scalars(query) if name]
+    if names:
+        queue_again(names, "it has stopped, or its lease has run out")
+    return names
+
+
+def queue_again(names: list[str], why: str) -> None:
+    """Put the running jobs of these workers back on their queues; after DBOS's launch.
+
+    DBOS's own `resume_workflow` would also bring back what a user has cancelled, and put it on
+    another queue; this call changes only rows that are still running under these names.
+    """
+    DBOS._recover_pending_workflows(names)
+    for name in names:
+        logger.warning(
+            "jobs of worker %s are queued again: %s", name, why, extra={"event": "worker.gone"}
+        )
+
+
 @contextmanager
-def _lock_of_a_dead_worker(path: Path) -> Iterator[IO[str] | None]:
+def _lock_of_a_dead_worker(path: Path) -> Iterator[bool]:
     if not path.exists():
-        yield None
+        yield False
         return
-    with path.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield None
-        else:
-            yield lock
+    with path.open("a+") as file:
+        yield try_lock(file)
