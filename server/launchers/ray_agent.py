@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +26,7 @@ _log = logging.getLogger(__name__)
 
 _REPORT_S = 0.5  # a node that has nothing to say says so as often
 _END_S = 2.0
+_JOIN_S = 60.0
 # What ranks get from the worker, where their node has no value of its own; the rest is the node's.
 _FORWARDED = ("PROBE_", "HF_", "NCCL_", "GLOO_", "TORCH_", "OMP_NUM_THREADS")
 
@@ -41,22 +44,12 @@ class RayGang:
         self._facts: list[NodeFacts] = []
 
     def start(self) -> None:
-        """Connect to the cluster, reserve the nodes and start the ranks.
+        """Reserve the nodes and start the ranks.
 
         Raises:
-            PlacementError: There is no cluster, or its nodes are not free in time.
+            PlacementError: The nodes are not free in time.
             UnitCrashedError: A node was lost meanwhile, or its ranks cannot be started.
         """
-        import ray
-
-        address = self._options.address
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise PlacementError(
-                f"no Ray cluster to join at {address!r}: {error}. Start one that this machine "
-                "belongs to (ray start), or set PROBE_RAY_ADDRESS."
-            ) from error
         bundle = self._bundle()
         self._reserve(bundle)
         self._actors = [self._actor(node, bundle) for node in range(self._options.nodes)]
@@ -238,20 +231,58 @@ def report_error(error: ProbeError, where: str, token: str) -> None:
         connection.sendall(json.dumps(event).encode() + b"\n")
 
 
+def join_cluster(address: str, give_up: Callable[[PlacementError], None]) -> None:
+    """Become a driver of the cluster.
+
+    Args:
+        address: HOST:PORT of its head, or `auto`.
+        give_up: Called from another thread where Ray has not answered for a minute. It tries for
+            much longer, does not heed signals meanwhile, and has to be left by ending the process.
+
+    Raises:
+        PlacementError: There is no such cluster, or this machine is not part of it.
+    """
+    import ray
+
+    advice = "Start one that this machine belongs to (ray start), or set PROBE_RAY_ADDRESS."
+    silent = PlacementError(f"the Ray cluster at {address!r} did not answer. {advice}")
+    timer = threading.Timer(_JOIN_S, give_up, (silent,))
+    timer.daemon = True
+    timer.start()
+    try:
+        if address != "auto":
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), _JOIN_S).close()
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise PlacementError(f"no Ray cluster at {address!r}: {error}. {advice}") from error
+    finally:
+        timer.cancel()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 when every rank ended well, else 1."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     token = os.environ.pop(TOKEN, "")
-    gang = RayGang(options, os.environ.get(MARK, ""), token)
+
+    def report(error: ProbeError) -> None:
+        _log.error("%s", error)
+        report_error(error, options.socket, token)
+
+    def give_up(error: PlacementError) -> None:
+        report(error)
+        os._exit(1)
+
+    gang = RayGang(options, os.environ[MARK], token)
     try:
-        try:
-            gang.start()
-        except PlacementError as error:
-            report_error(error, options.socket, token)
-            raise
+        join_cluster(options.address, give_up)
+        gang.start()
         gang.watch(_print)
+    except PlacementError as error:
+        report(error)
+        return 1
     except ProbeError as error:
         _log.error("%s", error)
         return 1

@@ -1,0 +1,95 @@
+"""Jobs over two nodes of a Ray cluster: whatever is killed, nothing is left and the job succeeds."""
+
+import pytest
+
+from server.wire import JobView
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+# Unit k begins with the hint of unit k - 1 and doubles it, so these are the numbers of an
+# undisturbed run.
+EXPECTED_ETA_C = [2.0, 4.0, 8.0]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def assert_whole(lab, job_id: str, starts: list[int]) -> JobView:
+    view = lab.until_status(job_id, "succeeded", "failed")
+    assert view.status == "succeeded", view.error
+    results = lab.store.unit_results(job_id)
+    assert [result.measurements[0].eta_c for result in results] == EXPECTED_ETA_C
+    assert lab.journal(job_id, "start") == starts
+    lab.until_nothing_is_left()
+    return view
+
+
+def retries(lab, job_id: str) -> list[str]:
+    events = lab.store.events_after(job_id, 0)
+    return [event.data["message"] for event in events if event.type == "unit.retrying"]
+
+
+def test_ranks_are_spread_over_the_nodes_and_numbered_as_torchrun_does(ray_lab):
+    job_id = ray_lab.submit(ranks=4)
+    ray_lab.start_worker()
+    assert_whole(ray_lab, job_id, starts=[0, 1, 2])
+    found = [ray_lab.variables_of(job_id, rank) for rank in range(4)]
+    assert [v["LOCAL_RANK"] for v in found] == ["0", "1", "0", "1"]
+    assert [v["GROUP_RANK"] for v in found] == ["0", "0", "1", "1"]
+    assert {(v["WORLD_SIZE"], v["LOCAL_WORLD_SIZE"]) for v in found} == {("4", "2")}
+    assert len({(v["MASTER_ADDR"], v["MASTER_PORT"]) for v in found}) == 1
+    assert {v["OMP_NUM_THREADS"] for v in found} == {"1"}
+    assert not any("PROBE_DATABASE_URL" in v for v in found)
+    log = ray_lab.log(job_id).splitlines()
+    for rank in range(4):
+        assert f"[node {rank // 2}] rank {rank} is here" in log
+
+
+@pytest.mark.parametrize("victim", ["rank", "actor", "agent", "worker"])
+def test_kill_9(ray_lab, victim):
+    job_id = ray_lab.submit({1: ["hold", "ok"]})
+    worker = ray_lab.start_worker()
+    ray_lab.until_started(job_id, 1)
+    pids = {
+        "rank": lambda: ray_lab.pid_of(1),
+        "actor": lambda: ray_lab.actor_of(1),
+        "agent": ray_lab.agent,
+        "worker": lambda: worker.pid,
+    }
+    ray_lab.kill(pids[victim]())
+    if victim == "worker":
+        ray_lab.until_nothing_is_left()
+        ray_lab.start_worker()
+    assert_whole(ray_lab, job_id, starts=[0, 1, 1, 2])
+    messages = "".join(retries(ray_lab, job_id))
+    expected = {
+        "rank": "rank 1 on node 1, ",
+        "actor": "node 1, ",
+        "agent": "killed by signal 9",
+        "worker": "",
+    }
+    assert expected[victim] in messages
+    assert ("was killed by signal 9" in messages) == (victim == "rank")
+
+
+def test_a_cancelled_job_leaves_nothing(ray_lab):
+    job_id = ray_lab.submit({1: ["hold"]})
+    ray_lab.start_worker()
+    ray_lab.until_started(job_id, 1)
+    assert ray_lab.store.cancel_job(job_id).status == "cancelled"
+    ray_lab.until_nothing_is_left()
+    following = ray_lab.submit()  # needs both nodes
+    assert_whole(ray_lab, following, starts=[0, 1, 2])
+
+
+def test_more_nodes_than_there_are_is_an_error_that_names_both(ray_lab):
+    job_id = ray_lab.submit(ranks=3, nodes=3)
+    ray_lab.start_worker(ray_wait_s=1, unit_max_attempts=1)
+    error = ray_lab.until_status(job_id, "succeeded", "failed").error
+    assert error.code == "placement_error"
+    assert "asks for 3 nodes with 1 CPU each, which were not free within 1 s" in error.message
+    assert error.message.count("with 2 CPU") == 2
+    assert "free in all: 4 CPU" in error.message
+    ray_lab.until_nothing_is_left()
