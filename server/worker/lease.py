@@ -85,7 +85,7 @@ class Lease:
             workflows = self._workflows.c
             query = sa.select(workflows.workflow_uuid, workflows.owner_xid)
             query = query.where(workflows.status == "PENDING", workflows.executor_id == self._name)
-            return now, {job_id: token for job_id, token in connection.execute(query).tuples()}
+            return now, {row.workflow_uuid: row.owner_xid for row in connection.execute(query)}
 
     def release(self, view: WorkerView) -> None:
         """Say that this process ends; a lease of another process is left alone."""
