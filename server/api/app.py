@@ -10,8 +10,10 @@ from prometheus_client import CollectorRegistry
 
 from probe import __version__
 from server.api import events, jobs, operations, pages, problems, results
-from server.api.guard import Guard, check_exposure
+from server.api.callers import Keyring
+from server.api.guard import Gate, Guard, check_exposure
 from server.api.openapi import describe
+from server.keys import KeyTable, keys_of_database
 from server.settings import Settings
 from server.store import SqlStore, Store
 
@@ -36,7 +38,7 @@ def create_app(
     Raises:
         ConfigError: The settings would let strangers in.
     """
-    check_exposure(settings)
+    check_exposure(settings, has_keys=_has_keys(settings, store))
     own = None if store is not None else _open_store(settings)
 
     @asynccontextmanager
@@ -62,20 +64,38 @@ def create_app(
     for module in (jobs, events, results, operations, pages):
         app.include_router(module.router)
     problems.install(app)
-    app.add_middleware(Guard, settings=settings)
+    # A store that is none, as of who wants the description only, has no keys.
+    engine = getattr(app.state.store, "engine", None)
+    keyring = Keyring(settings, None if engine is None else KeyTable(engine))
+    keyring.look()
+    app.state.keyring, app.state.gate = keyring, Gate(settings, keyring)
+    app.add_middleware(Guard, settings=settings, gate=app.state.gate, keyring=keyring)
     app.add_middleware(operations.CountRequests, registry=app.state.metrics)
-    _describe(app, needs_key=bool(settings.api_keys))
+    _describe(app, keyring)
     return app
+
+
+def _has_keys(settings: Settings, store: Store | None) -> bool:
+    # Looked for before the store is opened: refused settings must leave no database behind.
+    if settings.api_keys:
+        return True
+    engine = getattr(store, "engine", None)
+    if engine is not None:
+        return KeyTable(engine).any_exist()
+    return store is None and keys_of_database(settings.database_url)
 
 
 def _open_store(settings: Settings) -> SqlStore:
     return SqlStore(settings.database_url, worker_stale_s=settings.worker_stale_s)
 
 
-def _describe(app: FastAPI, *, needs_key: bool) -> None:
+def _describe(app: FastAPI, keyring: Keyring) -> None:
+    described: dict[bool, dict[str, Any]] = {}
+
     def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            app.openapi_schema = describe(app, needs_key=needs_key)
-        return app.openapi_schema
+        needs_key = keyring.may_be_asked_for()  # the first key may be made at any time
+        if needs_key not in described:
+            described[needs_key] = describe(app, needs_key=needs_key)
+        return described[needs_key]
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way

@@ -13,7 +13,6 @@ from fastapi import Request
 from server.api.problems import ProblemError, invalid
 from server.wire import FieldProblem
 
-MAX_BODY_BYTES = 1 << 20
 _MAX_INT = 2**63 - 1
 _MAX_DEPTH = 40
 
@@ -32,7 +31,7 @@ async def read_json(request: Request) -> Any:
             "unsupported_media_type",
             f"send Content-Type: application/json, found {media_type[:80]!r}",
         )
-    body = await _read(request)
+    body = await _read(request, request.app.state.settings.max_body_bytes)
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # also not UTF-8, or a number of 4300 digits
@@ -50,16 +49,22 @@ def sha256_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-async def _read(request: Request) -> bytes:
+async def _read(request: Request, max_bytes: int) -> bytes:
+    # What the header says is believed only where it is too much; the bytes are counted as well.
+    stated = request.headers.get("content-length", "")
+    if stated.isdecimal() and int(stated[:20]) > max_bytes:
+        raise _too_large(max_bytes)
     chunks, size = [], 0
     async for chunk in request.stream():
         size += len(chunk)
-        if size > MAX_BODY_BYTES:
-            raise ProblemError(
-                413, "body_too_large", f"a body holds at most {MAX_BODY_BYTES:,} bytes"
-            )
+        if size > max_bytes:
+            raise _too_large(max_bytes)
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+def _too_large(max_bytes: int) -> ProblemError:
+    return ProblemError(413, "body_too_large", f"a body holds at most {max_bytes:,} bytes")
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -1,27 +1,44 @@
-"""Who may ask what: Host and Origin checks, API keys, and the headers every answer carries.
+"""Who may ask what, and how much: Host and Origin checks, API keys and their scopes, limits.
 
 A pure ASGI layer around the app, so that it also covers pages, static files and unknown paths,
-and so that event streams pass through it unbuffered.
+and so that event streams pass through it unbuffered. It also sets the headers of every answer.
 """
 
-import hashlib
-import hmac
 import ipaddress
-from collections.abc import Sequence
-from http.cookies import CookieError, SimpleCookie
+import time
+from collections import OrderedDict
 from urllib.parse import urlsplit
 
+from anyio import to_thread
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from probe.errors import ConfigError
-from server.api.problems import ProblemError
+from server.api.callers import (
+    ANYONE,
+    Caller,
+    Credentials,
+    Keyring,
+    credentials_of,
+    remember_caller,
+)
+from server.api.limits import Buckets, Slots, network_of, retry_after
+from server.api.problems import ProblemError, database_problem
+from server.keys import KeyScope
 from server.settings import Settings
 
-COOKIE = "probe_session"
-# Reachable without a key: liveness, the login page and what it needs, the API's description.
-_OPEN_PATHS = frozenset({"/healthz", "/readyz", "/login", "/docs", "/openapi.json"})
+# Answered whatever else is going on: what asks them restarts the server when they fail.
+_HEALTH_PATHS = frozenset({"/healthz", "/readyz"})
+# Reachable without a key too: the login page and what it needs, the API's description.
+_OPEN_PATHS = frozenset({"/login", "/docs", "/openapi.json"})
+ADMIN_PATHS = frozenset({"/v1/jobs:import"})
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+_MAX_TARGET_BYTES = 8192
+_MAX_HEADER_BYTES = 32_768
+# Of wrong keys, per address: enough for typing errors and stale cookies, nothing for guessing.
+_WRONG_PER_S, _WRONG_BURST = 0.2, 20
+_KNOWN_S, _MOST_KNOWN = 600.0, 10_000
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
@@ -34,34 +51,93 @@ _HEADERS = {
 }
 
 
-def check_exposure(settings: Settings) -> None:
+def check_exposure(settings: Settings, *, has_keys: bool) -> None:
     """Refuse settings that would let strangers in.
+
+    Args:
+        settings: Address and roots.
+        has_keys: Whether there is any API key, in the environment or the database.
 
     Raises:
         ConfigError: A non-loopback host without API keys, or without roots.
     """
     if _is_loopback(settings.host):
         return
-    for name, value in (("PROBE_API_KEYS", settings.api_keys), ("PROBE_ROOTS", settings.roots)):
-        if not value:
+    ways = {
+        "make a key with `probe keys create`, or set PROBE_API_KEYS": has_keys,
+        "set PROBE_ROOTS": bool(settings.roots),
+    }
+    for way, is_done in ways.items():
+        if not is_done:
             raise ConfigError(
-                f"host {settings.host} can be reached from other machines: set {name}, "
+                f"host {settings.host} can be reached from other machines: {way}; "
                 "or listen on 127.0.0.1"
             )
 
 
-def session_cookie(key: str) -> str:
-    """What a browser keeps instead of the key: it opens nothing but this server's pages."""
-    return hmac.new(key.encode(), b"sharpness-probe dashboard", hashlib.sha256).hexdigest()
+class Gate:
+    """Finds out who asks, and counts. One per app; every method belongs to its event loop."""
+
+    def __init__(self, settings: Settings, keyring: Keyring) -> None:
+        """Nobody has asked yet."""
+        self._keyring = keyring
+        self._requests = Buckets(settings.rate_limit_per_s, settings.rate_limit_burst)
+        self._wrong = Buckets(_WRONG_PER_S, _WRONG_BURST)
+        self._known: OrderedDict[bytes, float] = OrderedDict()
+        self.streams = Slots(settings.max_event_streams)
+
+    async def keys_are_asked_for(self) -> bool:
+        """Whether requests need a key now."""
+        known = self._keyring.are_asked_for()
+        return await to_thread.run_sync(self._keyring.look) if known is None else known
+
+    async def identify(self, credentials: Credentials, address: str) -> Caller | None:
+        """Whose credentials these are; None where nobody's.
+
+        Raises:
+            ProblemError: 429 after too many wrong ones from the address. Credentials that were
+                right a while ago are looked at all the same: others may share the address.
+        """
+        wait_s = self._wrong.wait_s(address)
+        if wait_s > 0 and not self._was_right(credentials):
+            raise _limited(wait_s, "wrong API keys from this address")
+        if self._keyring.needs_query(credentials):
+            caller = await to_thread.run_sync(self._keyring.check, credentials)
+        else:
+            caller = self._keyring.check(credentials)
+        if caller is None:
+            self._wrong.take(address)
+            self._known.pop(credentials.digest, None)
+            return None
+        self._known[credentials.digest] = time.monotonic()
+        self._known.move_to_end(credentials.digest)
+        if len(self._known) > _MOST_KNOWN:
+            self._known.popitem(last=False)
+        return caller
+
+    def count(self, caller: str) -> None:
+        """Count one request.
+
+        Raises:
+            ProblemError: 429, too many.
+        """
+        wait_s = self._requests.take(caller)
+        if wait_s > 0:
+            raise _limited(wait_s, "requests")
+
+    def _was_right(self, credentials: Credentials) -> bool:
+        then = self._known.get(credentials.digest)
+        return then is not None and time.monotonic() - then < _KNOWN_S
 
 
 class Guard:
     """Lets a request through, or answers it with a problem."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, gate: Gate, keyring: Keyring) -> None:
         """Wrap `app`."""
         self.app = app
-        self._keys = [key.get_secret_value() for key in settings.api_keys]
+        self._gate = gate
+        self._keyring = keyring
         self._hosts = {"localhost", "127.0.0.1", "::1", settings.host.lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,43 +153,130 @@ class Guard:
                     headers.setdefault(name, value)
             await send(message)
 
-        refusal = self._refusal(scope)
-        answer = self.app if refusal is None else refusal.response()
-        await answer(scope, receive, send_with_headers)
+        try:
+            caller = await self._let_in(scope)
+        except ProblemError as refusal:
+            await refusal.response()(scope, receive, send_with_headers)
+        except SQLAlchemyError as error:  # who asks cannot be found out
+            await database_problem(error).response()(scope, receive, send_with_headers)
+        else:
+            await self._pass_on(caller, scope, receive, send_with_headers)
 
-    def _refusal(self, scope: Scope) -> ProblemError | None:
+    async def _pass_on(self, caller: str, scope: Scope, receive: Receive, send: Send) -> None:
+        if not _is_event_stream(scope):
+            await self.app(scope, receive, send)
+            return
+        if not self._gate.streams.take(caller):
+            refusal = ProblemError(
+                429,
+                "too_many_streams",
+                "too many event streams are open with this key or from this address; close some",
+                headers={"Retry-After": "5"},
+            )
+            await refusal.response()(scope, receive, send)
+            return
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._gate.streams.give_back(caller)
+
+    async def _let_in(self, scope: Scope) -> str:
+        """Whom the request counts for.
+
+        Raises:
+            ProblemError: It is not let in.
+        """
+        _check_size(scope)
         headers = Headers(scope=scope)
+        path: str = scope["path"]
+        client = scope.get("client")
+        address = network_of(client[0] if client else "")
+        is_health = path in _HEALTH_PATHS
+        is_locked = (
+            self._keyring.may_be_asked_for()
+            if is_health  # which asks no database
+            else await self._gate.keys_are_asked_for()
+        )
+        self._check_source(scope, headers, is_locked)
+        remember_caller(scope, ANYONE)
+        if is_health:
+            return address
+        if not is_locked or path in _OPEN_PATHS or path.startswith("/static/"):
+            self._gate.count(address)
+            return address
+        return await self._identified(scope, headers, address)
+
+    async def _identified(self, scope: Scope, headers: Headers, address: str) -> str:
+        credentials = credentials_of(headers)
+        caller = None if credentials is None else await self._gate.identify(credentials, address)
+        if caller is None:
+            self._gate.count(address)
+            raise _unauthorized(scope, headers)
+        counted = f"key {caller.name}"
+        self._gate.count(counted)
+        require(caller, _needed_scope(scope))
+        remember_caller(scope, caller)
+        return counted
+
+    def _check_source(self, scope: Scope, headers: Headers, is_locked: bool) -> None:
         host = headers.get("host", "")
         # Without keys, a page anywhere on the web could reach us through a name of its own
         # that resolves to 127.0.0.1; its Host header gives it away.
-        if not self._keys and _host_name(host) not in self._hosts:
-            return ProblemError(
+        if not is_locked and _host_name(host) not in self._hosts:
+            raise ProblemError(
                 403, "host_not_allowed", f"this server does not answer for host {host[:200]!r}"
             )
         if scope["method"] not in _SAFE_METHODS and _is_foreign(headers, host):
-            return ProblemError(
+            raise ProblemError(
                 403, "cross_origin", "requests from other web sites' pages are refused"
             )
-        path: str = scope["path"]
-        if not self._keys or path in _OPEN_PATHS or path.startswith("/static/"):
-            return None
-        if self._has_key(headers):
-            return None
-        return _unauthorized(scope, headers)
 
-    def _has_key(self, headers: Headers) -> bool:
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer":
-            return _matches(token.strip(), self._keys)
-        cookies: SimpleCookie = SimpleCookie()
-        try:
-            cookies.load(headers.get("cookie", ""))
-        except CookieError:
-            return False
-        found = cookies.get(COOKIE)
-        return found is not None and _matches(
-            found.value, [session_cookie(key) for key in self._keys]
+
+def require(caller: Caller, scope: KeyScope, what: str = "this") -> None:
+    """Refuse a caller whose key may not do something.
+
+    Raises:
+        ProblemError: 403 `scope_missing`, naming the scope needed.
+    """
+    if not caller.may(scope):
+        raise ProblemError(
+            403,
+            "scope_missing",
+            f"{what} needs a key of scope {scope}; the key {caller.name!r} has scope "
+            f"{caller.scope}",
         )
+
+
+def _needed_scope(scope: Scope) -> KeyScope:
+    if scope["method"] in _SAFE_METHODS:
+        return "read"
+    return "admin" if scope["path"] in ADMIN_PATHS else "submit"
+
+
+def _check_size(scope: Scope) -> None:
+    target = len(scope.get("raw_path") or scope["path"].encode()) + len(scope["query_string"])
+    if target > _MAX_TARGET_BYTES:
+        raise ProblemError(
+            414, "uri_too_long", f"an address holds at most {_MAX_TARGET_BYTES:,} bytes"
+        )
+    if sum(len(name) + len(value) for name, value in scope["headers"]) > _MAX_HEADER_BYTES:
+        raise ProblemError(
+            431, "headers_too_large", f"headers hold at most {_MAX_HEADER_BYTES:,} bytes"
+        )
+
+
+def _is_event_stream(scope: Scope) -> bool:
+    path: str = scope["path"]
+    return path.startswith("/v1/jobs/") and path.endswith("/events")
+
+
+def _limited(wait_s: float, what: str) -> ProblemError:
+    return ProblemError(
+        429,
+        "rate_limited",
+        f"too many {what}; try again after {retry_after(wait_s)} s",
+        headers={"Retry-After": retry_after(wait_s)},
+    )
 
 
 def _unauthorized(scope: Scope, headers: Headers) -> ProblemError:
@@ -125,11 +288,6 @@ def _unauthorized(scope: Scope, headers: Headers) -> ProblemError:
         "send Authorization: Bearer <API key>",
         headers={"WWW-Authenticate": "Bearer"},
     )
-
-
-def _matches(token: str, valid: Sequence[str]) -> bool:
-    # Every key is compared, in constant time each: the time taken tells nothing.
-    return any([hmac.compare_digest(token.encode(), key.encode()) for key in valid])
 
 
 def _is_foreign(headers: Headers, host: str) -> bool:

@@ -9,6 +9,7 @@ from pydantic.json_schema import models_json_schema
 
 from probe.kinds import JobSpec
 from probe.spec import Checkpoints
+from server.api.problems import responses
 from server.wire import FieldProblem, Problem
 
 _REF = "#/components/schemas/{model}"
@@ -37,19 +38,22 @@ def describe(app: FastAPI, *, needs_key: bool) -> dict[str, Any]:
         schemas.pop(unused, None)
     if needs_key:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        for path, operations in document["paths"].items():
-            for operation in operations.values():
-                if path not in ("/healthz", "/readyz"):
-                    operation["security"] = [{"key": []}]
-                    operation["responses"]["401"] = {
-                        "description": "Unauthorized",
-                        "content": {
-                            "application/problem+json": {
-                                "schema": {"$ref": "#/components/schemas/Problem"}
-                            }
-                        },
-                    }
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            _describe_guard(operation, path, needs_key=needs_key)
     return document
+
+
+def _describe_guard(operation: dict[str, Any], path: str, *, needs_key: bool) -> None:
+    """Add what `server.api.guard` may answer instead of the route."""
+    statuses = [403, 414, 431]
+    if path not in ("/healthz", "/readyz"):
+        statuses.append(429)
+        if needs_key:
+            operation["security"] = [{"key": []}]
+            statuses.append(401)
+    for status, answer in responses(*statuses).items():
+        operation["responses"].setdefault(str(status), answer)
 
 
 def operations_of(document: dict[str, Any]) -> list[dict[str, Any]]:

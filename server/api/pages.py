@@ -21,8 +21,9 @@ from probe.mix_summary import summarise_scans
 from probe.reports import continual_results, mix_results, series_results, train_results
 from probe.tables import summary_rows
 from probe.train_summary import summarise_training
+from server.api.callers import COOKIE, of_key, session_cookie
 from server.api.context import JobDep, StoreDep
-from server.api.guard import COOKIE, session_cookie
+from server.api.limits import network_of
 from server.api.openapi import operations_of
 from server.api.problems import ProblemError
 from server.wire import TERMINAL, JobStatus
@@ -172,8 +173,8 @@ async def log_in(request: Request) -> Response:
         if len(body) > _MAX_FORM_BYTES:
             raise ProblemError(413, "body_too_large", "a key is shorter than that")
     given = parse_qs(body.decode("utf-8", "replace")).get("key", [""])[0].strip()
-    keys = {key.get_secret_value() for key in request.app.state.settings.api_keys}
-    if given not in keys:
+    address = network_of(request.client.host if request.client else "")
+    if await request.app.state.gate.identify(of_key(given), address) is None:
         return _page("login.html", 401, wrong=True)
     response = RedirectResponse("/", 303)
     response.set_cookie(

@@ -151,6 +151,11 @@ async def _probe_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _database_error(_request: Request, error: Exception) -> JSONResponse:
+    return database_problem(error).response()
+
+
+def database_problem(error: Exception) -> ProblemError:
+    """503 for a database that does not answer; logs what it said."""
     # The driver's own words can name hosts and users: they go to the log.
     log.error("the database does not answer", exc_info=error, extra={"event": "store_not_ready"})
     return ProblemError(
@@ -158,7 +163,7 @@ async def _database_error(_request: Request, error: Exception) -> JSONResponse:
         StoreNotReadyError.code,
         "the database does not answer now; the request can be repeated",
         headers={"Retry-After": _RETRY_AFTER_S},
-    ).response()
+    )
 
 
 async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:

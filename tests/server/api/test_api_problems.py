@@ -7,8 +7,8 @@ from fastapi.testclient import TestClient
 from sqlalchemy.exc import OperationalError
 
 from server.api.app import create_app
-from server.api.bodies import MAX_BODY_BYTES
 from server.errors import StoreNotReadyError
+from server.settings import Settings
 
 JSON = {"Content-Type": "application/json"}
 
@@ -42,7 +42,7 @@ def test_not_acceptable(client, submitted, path):
 
 @pytest.mark.parametrize("declared", [True, False])
 def test_body_too_large_with_and_without_a_declared_length(client, declared):
-    body = b" " * (MAX_BODY_BYTES + 1)
+    body = b" " * (Settings().max_body_bytes + 1)
     content = body if declared else iter([body[:1000], body[1000:]])
     answer = client.post("/v1/jobs", content=content, headers=JSON)
     assert_problem(answer, 413, "body_too_large")
