@@ -18,26 +18,35 @@ from server.tables import jobs, unit_results
 from server.wire import JobError, JobStatus, JobView
 
 
+def _of_units(aggregate: Any) -> sa.ScalarSelect[Any]:
+    # Correlated, so only the units of the jobs on the page are read, by their key.
+    return sa.select(aggregate).where(unit_results.c.job_id == jobs.c.id).scalar_subquery()
+
+
+def _sum(values: Any) -> sa.ColumnElement[int]:
+    return sa.func.coalesce(sa.func.sum(values), 0)
+
+
+# A job's finished units, summed up; once it has ended the sums stand in its own row.
+UNIT_TOTALS: dict[str, sa.ScalarSelect[Any]] = {
+    "num_finished": _of_units(sa.func.count()),
+    "num_without_answer": _of_units(_sum(sa.case((unit_results.c.has_every_answer, 0), else_=1))),
+    "num_forward_passes": _of_units(_sum(unit_results.c.num_forward_passes)),
+}
+
+
 def job_views(workflows: sa.Table) -> sa.Select[Any]:
     """Every job beside its row of DBOS's `workflow_status` and the counts of its finished units."""
-    columns = [c for c in jobs.c if c.name != "plan"]  # the largest, and not needed here
-    without_answer = sa.case((unit_results.c.has_every_answer, 0), else_=1)
+    # Without the plan, the largest, and not needed here.
+    columns = [c for c in jobs.c if c.name not in ("plan", *UNIT_TOTALS)]
     return sa.select(
         *columns,
         workflows.c.status.label("dbos_status"),
         workflows.c.completed_at.label("completed_at"),
         workflows.c.recovery_attempts.label("recovery_attempts"),
         workflows.c.executor_id.label("executor_id"),
-        _of_units(sa.func.count()).label("num_finished"),
-        _of_units(sa.func.sum(without_answer)).label("num_without_answer"),
-        _of_units(sa.func.sum(unit_results.c.num_forward_passes)).label("num_forward_passes"),
+        *(sa.func.coalesce(jobs.c[name], total).label(name) for name, total in UNIT_TOTALS.items()),
     ).outerjoin(workflows, workflows.c.workflow_uuid == jobs.c.id)  # imported jobs have none
-
-
-def in_status(workflows: sa.Table, status: str) -> sa.ColumnElement[bool]:
-    """The condition on `job_views` for one of our words; false for a word that is none."""
-    imported = sa.and_(jobs.c.imported_at.is_not(None), jobs.c.end_event == f"job.{status}")
-    return sa.or_(workflows.c.status.in_(queue.dbos_statuses(status)), imported)
 
 
 def _status(row: Any) -> JobStatus:
@@ -45,11 +54,6 @@ def _status(row: Any) -> JobStatus:
         status: JobStatus = row.end_event.removeprefix("job.")
         return status
     return queue.job_status(row.dbos_status)
-
-
-def _of_units(aggregate: Any) -> sa.ScalarSelect[Any]:
-    # Correlated, so only the units of the jobs on the page are read, by their key.
-    return sa.select(aggregate).where(unit_results.c.job_id == jobs.c.id).scalar_subquery()
 
 
 def time_of(ms: int) -> dt.datetime:
@@ -123,9 +127,9 @@ def job_view(row: Any) -> JobView:
         started_at=None if row.started_at is None else time_of(row.started_at),
         finished_at=_finished_at(row),
         num_units=row.num_units,
-        num_units_finished=row.num_finished or 0,
-        num_units_without_answer=row.num_without_answer or 0,
-        num_forward_passes=row.num_forward_passes or 0,
+        num_units_finished=row.num_finished,
+        num_units_without_answer=row.num_without_answer,
+        num_forward_passes=row.num_forward_passes,
         expected_forward_passes=row.expected_forward_passes,
         error=_job_error(row),
         spec=row.spec,

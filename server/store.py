@@ -7,7 +7,7 @@ SQLite (WAL) by default, Postgres by the same code.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import Any, Unpack
 
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
@@ -19,11 +19,13 @@ from server import queue, tables
 from server.errors import IdempotencyConflictError, StoreNotReadyError
 from server.fence import require_owner
 from server.job_ids import new_job_id
-from server.job_views import finished_data, in_status, job_view, job_views, time_of
+from server.job_reads import JobReads
+from server.job_views import UNIT_TOTALS, finished_data, job_view, job_views, time_of
 from server.queue_position import Forecast
+from server.store_protocol import JobFilters
 from server.store_protocol import Store as Store
 from server.tables import events, job_labels, jobs, unit_results, workers
-from server.wire import TERMINAL, Event, EventType, JobError, JobStatus, JobView, WorkerView
+from server.wire import TERMINAL, Event, EventType, JobError, JobView, WorkerView
 
 _MAX_SEQ = 2**31 - 1  # what the column holds; Postgres takes no larger number to compare with
 
@@ -36,7 +38,7 @@ class SqlStore:
         self._worker_stale_ms = int(worker_stale_s * 1000)
         self._workflows = queue.workflow_status_table(self.engine)
         self._now = tables.now_ms(self.engine)
-        self._forecast = Forecast(self.engine, worker_stale_s)
+        self._reads = JobReads(self.engine, Forecast(self.engine, worker_stale_s))
         try:
             self._revision = tables.create_tables(self.engine)
             self._client = queue.make_client(self.engine)
@@ -127,56 +129,23 @@ class SqlStore:
         return self.get_job(found.id)
 
     def get_job(self, job_id: str) -> JobView | None:
-        with self.engine.connect() as connection:
-            row = connection.execute(job_views(self._workflows).where(jobs.c.id == job_id)).first()
-        return None if row is None else self._forecast.add_to([job_view(row)])[0]
+        return self._reads.get(job_id)
+
+    def get_job_json(self, job_id: str) -> bytes | None:
+        return self._reads.get_json(job_id)
 
     def list_jobs(
-        self,
-        *,
-        status: str | None = None,
-        kind: str | None = None,
-        queue: str | None = None,
-        labels: dict[str, str] | None = None,
-        after: str | None = None,
-        limit: int = 50,
+        self, *, after: str | None = None, limit: int = 50, **filters: Unpack[JobFilters]
     ) -> tuple[list[JobView], bool]:
-        query = job_views(self._workflows).order_by(jobs.c.id.desc()).limit(limit + 1)
-        if status is not None:
-            query = query.where(in_status(self._workflows, status))
-        if kind is not None:
-            query = query.where(jobs.c.kind == kind)
-        if queue is not None:
-            query = query.where(jobs.c.queue == queue)
-        if after is not None:
-            query = query.where(jobs.c.id < after)
-        for key, value in (labels or {}).items():
-            query = query.where(
-                sa.exists().where(
-                    job_labels.c.job_id == jobs.c.id,
-                    job_labels.c.key == key,
-                    job_labels.c.value == value,
-                )
-            )
-        with self.engine.connect() as connection:
-            rows = connection.execute(query).all()
-        return self._forecast.add_to([job_view(r) for r in rows[:limit]]), len(rows) > limit
+        return self._reads.page(filters, after, limit)
+
+    def list_jobs_json(
+        self, *, after: str | None = None, limit: int = 50, **filters: Unpack[JobFilters]
+    ) -> tuple[list[bytes], bool]:
+        return self._reads.page_json(filters, after, limit)
 
     def count_jobs(self) -> dict[str, int]:
-        status, job_id = self._workflows.c.status, self._workflows.c.workflow_uuid
-        query = sa.select(status, sa.func.count()).join(jobs, jobs.c.id == job_id)
-        imported = sa.select(jobs.c.end_event, sa.func.count()).where(
-            jobs.c.imported_at.is_not(None)
-        )
-        with self.engine.connect() as connection:
-            rows = connection.execute(query.group_by(status)).all()
-            brought = connection.execute(imported.group_by(jobs.c.end_event)).all()
-        counts: dict[str, int] = dict.fromkeys(get_args(JobStatus), 0)
-        for dbos_status, number in rows:
-            counts[queue.job_status(dbos_status)] += number
-        for end_event, number in brought:
-            counts[end_event.removeprefix("job.")] += number
-        return counts
+        return self._reads.count_by_status()
 
     def cancel_job(self, job_id: str) -> JobView | None:
         view = self.get_job(job_id)
@@ -285,7 +254,7 @@ class SqlStore:
         # once end_event is set nothing is added, so a job ends exactly once.
         counted: dict[str, Any] = {"num_events": jobs.c.num_events + 1}
         if type.removeprefix("job.") in TERMINAL:
-            counted |= {"end_event": type, "ended_at": self._now}
+            counted |= {"end_event": type, "ended_at": self._now, **UNIT_TOTALS}
         row = connection.execute(
             sa.update(jobs)
             .where(jobs.c.id == job_id, jobs.c.end_event.is_(None))

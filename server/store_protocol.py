@@ -1,10 +1,19 @@
 """The `Store` interface: what the HTTP layer and the worker need from the database."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 from probe.result import Plan
 from probe.unit_results import AnyUnitResult
 from server.wire import Event, EventType, JobView, WorkerView
+
+
+class JobFilters(TypedDict, total=False):
+    """Which jobs a list holds; what is absent or None lets every job pass."""
+
+    status: str | None
+    kind: str | None
+    queue: str | None
+    labels: dict[str, str] | None  # all of them must match
 
 
 class Store(Protocol):
@@ -24,17 +33,18 @@ class Store(Protocol):
 
     def get_job(self, job_id: str) -> JobView | None: ...
 
+    def get_job_json(self, job_id: str) -> bytes | None:
+        """As `get_job`, as the JSON of the view; cheaper for a job that has ended."""
+
     def list_jobs(
-        self,
-        *,
-        status: str | None = None,
-        kind: str | None = None,
-        queue: str | None = None,
-        labels: dict[str, str] | None = None,
-        after: str | None = None,
-        limit: int = 50,
+        self, *, after: str | None = None, limit: int = 50, **filters: Unpack[JobFilters]
     ) -> tuple[list[JobView], bool]:
-        """Newest first; `after` is the id of the last job of the page before."""
+        """Newest first, and whether there are more; `after` is the id of the last one seen."""
+
+    def list_jobs_json(
+        self, *, after: str | None = None, limit: int = 50, **filters: Unpack[JobFilters]
+    ) -> tuple[list[bytes], bool]:
+        """As `list_jobs`, each job as JSON; cheaper for jobs that have ended."""
 
     def count_jobs(self) -> dict[str, int]:
         """Number of jobs in each state, zeros included."""

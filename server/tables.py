@@ -45,6 +45,10 @@ jobs = sa.Table(
     sa.Column("num_events", sa.Integer, nullable=False),
     sa.Column("end_event", sa.String(32)),
     sa.Column("ended_at", sa.BigInteger),
+    # Of the finished units, from the closing event on; see server.job_views.
+    sa.Column("num_finished", sa.Integer),
+    sa.Column("num_without_answer", sa.Integer),
+    sa.Column("num_forward_passes", sa.BigInteger),
     sa.Column("queue", sa.String(16)),
     sa.Column("webhook", sa.Text),  # perhaps a secret: never sent
     sa.Column("submitted_by", sa.String(100)),  # name of the API key

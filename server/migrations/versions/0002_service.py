@@ -14,6 +14,9 @@ def upgrade() -> None:
         sa.Column("webhook", sa.Text),
         sa.Column("submitted_by", sa.String(100)),
         sa.Column("traceparent", sa.String(55)),
+        sa.Column("num_finished", sa.Integer),
+        sa.Column("num_without_answer", sa.Integer),
+        sa.Column("num_forward_passes", sa.BigInteger),
         sa.Column("imported_at", sa.BigInteger),
     ):
         op.add_column("jobs", column)
