@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from tests.deploy import compose
@@ -48,6 +49,12 @@ class PostgresOverTcp(postgres.Postgres):
             rules = self._data / "pg_hba.conf"
             rules.write_text("host all all 127.0.0.1/32 scram-sha-256\nlocal all all trust\n")
             self.execute("SELECT pg_reload_conf()")
+
+    def execute_in(self, database: str, statement: str) -> None:
+        """Run a statement in one of its databases."""
+        where = {"host": str(self.directory), "port": self.port, "user": "postgres"}
+        with psycopg.connect(dbname=database, **where) as connection:
+            connection.execute(statement)
 
     @property
     def programs(self) -> Path:
