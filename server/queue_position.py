@@ -22,6 +22,7 @@ from server.wire import JobView
 
 _LEARN_FROM = 50  # finished jobs of one queue, the latest
 _MAX_QUEUED = 5000  # jobs ahead that an estimate looks at; behind them there is none
+_IN_FLIGHT = ("ENQUEUED", "PENDING")
 _KEEP_S = 1.0  # estimates are computed at most once a second and queue
 
 
@@ -256,5 +257,5 @@ def _waiting(workflows: sa.FromClause) -> sa.ColumnElement[bool]:
 def _in_flight(workflows: sa.FromClause) -> sa.ColumnElement[bool]:
     # Spelled out and not bound: DBOS's index of jobs under way has this condition, and a planner
     # uses it only for a query that can be seen to ask for no other rows.
-    texts = [sa.literal_column("'ENQUEUED'"), sa.literal_column("'PENDING'")]
-    return workflows.c.status.in_(texts)
+    enqueued, pending = (sa.literal_column(f"'{word}'", sa.Text) for word in _IN_FLIGHT)
+    return workflows.c.status.in_([enqueued, pending])

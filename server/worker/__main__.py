@@ -15,6 +15,7 @@ from server.worker.main import run_worker
 EXAMPLE = """\
 example:
   python -m server.worker --name gpu-box-0 --queues gpu
+  python -m server.worker --name cpu-box-0 --queues cpu --slots 4
 
 Every option can also be set as PROBE_<SETTING> in the environment. SIGTERM and Ctrl-C stop the
 worker within seconds; a job under way goes on when a worker of the same name starts again.
@@ -31,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--name", help="stable name of this worker (default: HOSTNAME-0)")
     parser.add_argument("--queues", help="queues to take jobs from (default: gpu,cpu)")
+    parser.add_argument(
+        "--slots", type=int, help="jobs of queue cpu at once; of gpu it is always one (default: 1)"
+    )
     parser.add_argument("--data-dir", help="database, logs and locks")
     parser.add_argument("--database-url", help="sqlite:///path or postgresql://...")
     parser.add_argument("--log-level", help="DEBUG, INFO, WARNING or ERROR (default: INFO)")
@@ -39,10 +43,14 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="start nothing; exit 0 if the worker of this name has a fresh heartbeat, else 1",
     )
-    given: dict[str, Any] = {k: v for k, v in vars(parser.parse_args(argv)).items() if v}
+    given: dict[str, Any] = {
+        k: v for k, v in vars(parser.parse_args(argv)).items() if v not in (None, False)
+    }
     check_only = given.pop("check", False)
     if "name" in given:
         given["worker_name"] = given.pop("name")
+    if "slots" in given:
+        given["cpu_slots"] = given.pop("slots")
     try:
         settings = Settings(**given)
     except ValidationError as error:

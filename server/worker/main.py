@@ -26,6 +26,7 @@ from server.worker.lease import Lease
 from server.worker.name_lock import NameLock, hold_name
 from server.worker.orphans import adopt_by_lease, adopt_orphans
 from server.worker.processes import kill_marked
+from server.worker.slots import slots_of, take_jobs
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class _Worker:
         settings = self._settings
         logging.getLogger("dbos").addFilter(_without_expected_ends)
         queue.quiet_logging()
-        DBOS(
+        dbos = DBOS(
             config=queue.worker_config(
                 self._store.engine, settings.database_url, settings.worker_name
             )
@@ -116,14 +117,7 @@ class _Worker:
         DBOS.listen_queues(list(settings.queues))
         self._runner.register()
         DBOS.launch()
-        slots = {"gpu": 1, "cpu": settings.cpu_slots}
-        for name in settings.queues:
-            DBOS.register_queue(
-                name,
-                worker_concurrency=slots[name],
-                polling_interval_sec=settings.queue_poll_s,
-                on_conflict="always_update",
-            )
+        take_jobs(dbos, settings)
         logger.info(
             "worker %s takes jobs from %s", settings.worker_name, " and ".join(settings.queues)
         )
@@ -146,6 +140,7 @@ class _Worker:
             hostname=socket.gethostname(),
             pid=os.getpid(),
             queues=list(self._settings.queues),
+            slots=slots_of(self._settings),
             device=self._runner.device or _device(),
             started_at=self._started_at,
             last_heartbeat=dt.datetime.now(dt.UTC),
