@@ -15,14 +15,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from probe.result import Plan
 from probe.spec_base import DEFAULT_PRIORITY
 from probe.unit_results import AnyUnitResult, parse_result
-from server import queue, tables
+from server import queue, tables, webhooks
 from server.errors import IdempotencyConflictError, StoreNotReadyError
 from server.fence import require_owner
 from server.job_ids import new_job_id
 from server.job_reads import JobReads
 from server.job_views import UNIT_TOTALS, finished_data, job_view, job_views, time_of
 from server.queue_position import Forecast
-from server.store_protocol import JobFilters
+from server.store_protocol import JobFilters, JobOrigin
 from server.store_protocol import Store as Store
 from server.tables import events, job_labels, jobs, unit_results, workers
 from server.wire import TERMINAL, Event, EventType, JobError, JobView, WorkerView
@@ -54,11 +54,18 @@ class SqlStore:
     # --- jobs
 
     def create_job(
-        self, *, plan: Plan, idempotency_key: str | None, body_sha256: str
+        self,
+        *,
+        plan: Plan,
+        idempotency_key: str | None,
+        body_sha256: str,
+        **origin: Unpack[JobOrigin],
     ) -> tuple[JobView, bool]:
         job_id = new_job_id()
         with self.engine.begin() as connection:
-            created = self._insert_job(connection, job_id, plan, idempotency_key, body_sha256)
+            created = self._insert_job(
+                connection, job_id, plan, idempotency_key, body_sha256, origin
+            )
             if created:
                 queue.enqueue(
                     self._client,
@@ -82,6 +89,7 @@ class SqlStore:
         plan: Plan,
         idempotency_key: str | None,
         body_sha256: str,
+        origin: JobOrigin,
     ) -> bool:
         labels: dict[str, str] = plan.spec.get("labels", {})
         now = connection.scalar(sa.select(self._now))
@@ -102,6 +110,7 @@ class SqlStore:
                 body_sha256=body_sha256,
                 created_at=now,
                 num_events=0,
+                **origin,
             )
             .on_conflict_do_nothing(index_elements=["idempotency_key"])
             .returning(jobs.c.id)
@@ -259,13 +268,22 @@ class SqlStore:
             sa.update(jobs)
             .where(jobs.c.id == job_id, jobs.c.end_event.is_(None))
             .values(**counted)
-            .returning(jobs.c.num_events, self._now.label("at"))
+            .returning(jobs.c.num_events, self._now.label("at"), jobs.c.webhook)
         ).first()
         if row is None:
             return None
         event = {"seq": row.num_events, "type": type, "at": row.at, "data": data}
         connection.execute(sa.insert(events).values(job_id=job_id, **event))
+        if row.webhook is not None and "end_event" in counted:
+            self._queue_delivery(connection, job_id, row.webhook, type, row.at)
         return Event(id=row.num_events, type=type, at=time_of(row.at), data=data)
+
+    def _queue_delivery(
+        self, connection: sa.Connection, job_id: str, url: str, type: EventType, at_ms: int
+    ) -> None:
+        found = connection.execute(job_views(self._workflows).where(jobs.c.id == job_id)).one()
+        view = job_view(found)
+        webhooks.queue_delivery(connection, url=url, type=type, view=view, at_ms=at_ms)
 
     def events_after(self, job_id: str, after: int, limit: int = 1000) -> list[Event]:
         self.settle(job_id)

@@ -16,11 +16,23 @@ class JobFilters(TypedDict, total=False):
     labels: dict[str, str] | None  # all of them must match
 
 
+class JobOrigin(TypedDict, total=False):
+    """Where a job comes from and whom to tell of its end; what is absent is not known."""
+
+    submitted_by: str | None  # name of the API key
+    webhook: str | None  # checked already
+
+
 class Store(Protocol):
     """What the HTTP layer and the worker need from the database. Thread-safe, synchronous."""
 
     def create_job(
-        self, *, plan: Plan, idempotency_key: str | None, body_sha256: str
+        self,
+        *,
+        plan: Plan,
+        idempotency_key: str | None,
+        body_sha256: str,
+        **origin: Unpack[JobOrigin],
     ) -> tuple[JobView, bool]:
         """Record a job and put it on the queue; (view, True), or (the earlier one, False).
 
