@@ -200,7 +200,7 @@ def _read_row(
     print(
         f"{name}: ours p50 {percentile(ms['ours'], 0.5):.2f}, p99 {p99['ours']:.2f}, most "
         f"{ms['ours'][-1]:.1f} ms, {per_s['ours']:.0f}/s; bare p50 "
-        f"{percentile(ms['bare'], 0.5):.2f}, p99 {p99['bare']:.2f} ms, {per_s['bare']:.0f}/s; asked "
+        f"{percentile(ms['bare'], 0.5):.2f}, p99 {p99['bare']:.2f} ms, {per_s['bare']:.0f}/s; "
         f"{'at once' if rate is None else f'{rate:g}/s'}; generator {cpu:.2f} of a core"
     )
     return name, p99["ours"], p99["bare"], f"{P99_MS:g}", p99["ours"] < P99_MS

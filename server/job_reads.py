@@ -36,8 +36,7 @@ class JobReads:
         self._views = job_views(self._workflows)
         self._ended_views = _of_ended(self._views)
         self._one = self._views.where(jobs.c.id == sa.bindparam("id"))
-        ids = sa.bindparam(_IDS, expanding=True)
-        self._some = self._views.where(jobs.c.id.in_(ids)).order_by(jobs.c.id.desc())
+        self._some = self._views.where(jobs.c.id.in_(_bound_ids())).order_by(jobs.c.id.desc())
         self._statements: dict[Any, sa.Select[Any]] = {}
         self._kept = _Kept(_KEPT_BYTES)
 
@@ -202,10 +201,13 @@ def _of_ended(views: sa.Select[Any]) -> sa.Select[Any]:
         sa.cast(column, sa.Text).label(column.key) if isinstance(column.type, sa.JSON) else column
         for column in views.selected_columns
     ]
-    ids = sa.bindparam(_IDS, expanding=True)
     return views.with_only_columns(*columns).where(
-        jobs.c.id.in_(ids), jobs.c.end_event.is_not(None)
+        jobs.c.id.in_(_bound_ids()), jobs.c.end_event.is_not(None)
     )
+
+
+def _bound_ids() -> sa.BindParameter[Any]:
+    return sa.bindparam(_IDS, expanding=True)
 
 
 def _json_of(row: Any) -> bytes:

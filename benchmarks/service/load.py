@@ -20,10 +20,10 @@ _READ = 1 << 18
 class _Client:
     """One connection, at most one request under way."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self.socket = socket.create_connection((host, port))
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.setblocking(False)
+    def __init__(self, host: str, port: int, selector: selectors.BaseSelector) -> None:
+        self._address, self._selector = (host, port), selector
+        self._connect()
+        self.request = b""
         self.received = bytearray()
         self.missing: int | None = None  # bytes of the body still to come
         self.due = 0.0  # of the request under way: when it should have been sent
@@ -31,16 +31,34 @@ class _Client:
         self.busy = False
         self.status = 0
 
+    def _connect(self) -> None:
+        self.socket = socket.create_connection(self._address)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setblocking(False)
+        self._selector.register(self.socket, selectors.EVENT_READ, self)
+
     def send(self, request: bytes, due: float) -> None:
+        self.request = request
         self.busy, self.due, self.missing = True, due, None
         sent = self.socket.send(request)
         assert sent == len(request), "a request larger than the socket's buffer"
 
     def answered(self) -> bool:
         """Read what is there; whether the answer is complete."""
-        data = self.socket.recv(_READ)
+        try:
+            data = self.socket.recv(_READ)
+        except ConnectionResetError:
+            data = b""
         if not data:
-            raise ConnectionError("the server closed a kept-alive connection")
+            # A server closes what has been idle for seconds; a request may have crossed that.
+            if self.received or self.missing is not None:
+                raise ConnectionError("the server closed a connection within an answer")
+            self._selector.unregister(self.socket)
+            self.socket.close()
+            self._connect()
+            if self.busy:
+                self.send(self.request, self.due)
+            return False
         if self.missing is not None:
             self.missing -= len(data)
             return self.missing == 0
@@ -78,9 +96,7 @@ def drive(
             sends as soon as it has its answer.
     """
     selector = selectors.EpollSelector()
-    clients = [_Client(host, port) for _ in range(num_clients)]
-    for client in clients:
-        selector.register(client.socket, selectors.EVENT_READ, client)
+    clients = [_Client(host, port, selector) for _ in range(num_clients)]
     chosen = random.Random(7)
     seconds: list[float] = []
     statuses: collections.Counter[int] = collections.Counter()
@@ -118,7 +134,7 @@ def drive(
             arrived = time.perf_counter()
             seconds.append(arrived - client.due)
             statuses[client.status] += 1
-            client.busy = False
+            client.busy, client.missing = False, None
             if client.waiting:
                 begin_request(client, client.waiting.popleft())
             elif rate_per_s is None and arrived < end:

@@ -14,25 +14,30 @@ from server.wire import FieldProblem, JobView
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
-def _store(request: Request) -> Store:
+# The three that wait for nothing are coroutines: FastAPI runs plain functions in a thread each.
+async def _store(request: Request) -> Store:
     store: Store = request.app.state.store
     return store
 
 
-def _settings(request: Request) -> Settings:
+async def _settings(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
     return settings
 
 
 def _job(request: Request, store: Annotated[Store, Depends(_store)], job_id: str) -> JobView:
-    # An id no job can have is not passed on: it might hold what a database refuses.
-    job = store.get_job(job_id) if _JOB_ID.fullmatch(job_id) else None
+    job = store.get_job(job_id) if is_job_id(job_id) else None
     if job is None:
         raise job_not_found(job_id)
     return job
 
 
-def known_query(request: Request) -> None:
+def is_job_id(text: str) -> bool:
+    """Whether a job can have it; others might hold what a database refuses."""
+    return _JOB_ID.fullmatch(text) is not None
+
+
+async def known_query(request: Request) -> None:
     """Refuse query parameters the route does not have: a typing error must not be ignored.
 
     Raises:

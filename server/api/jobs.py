@@ -12,11 +12,13 @@ from probe.series import list_checkpoints
 from probe.spec import CheckpointSeriesSpec
 from probe.spec_load import SpecError, parse_spec
 from server.api.bodies import read_json, sha256_of
-from server.api.context import JobDep, SettingsDep, StoreDep, known_query
+from server.api.context import JobDep, SettingsDep, StoreDep, is_job_id, known_query
 from server.api.problems import job_not_found, responses
+from server.api.reading import read
 from server.api.roots import check_checkpoints, check_found, check_spec
 from server.settings import Queue, Settings
 from server.store import Store
+from server.store_protocol import JobFilters
 from server.wire import CheckpointList, JobList, JobStatus, JobView
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(known_query)])
@@ -103,7 +105,7 @@ async def plan_job(request: Request, settings: SettingsDep) -> Plan:
 
 
 @router.get("/jobs", response_model=JobList, responses=responses(422, 503), tags=["jobs"])
-def list_jobs(
+async def list_jobs(
     store: StoreDep,
     status: Annotated[JobStatus | None, Query()] = None,
     kind: Annotated[JobKind | None, Query()] = None,
@@ -114,21 +116,25 @@ def list_jobs(
         Query(pattern=r"^[A-Za-z0-9_-]{1,100}$", description="Id of the last job seen."),
     ] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-) -> JobList:
+) -> Response:
     """Jobs, newest first, a page at a time."""
     labels = dict(pair.split("=", 1) for pair in label or ())
-    jobs, has_more = store.list_jobs(
-        status=status, kind=kind, queue=queue, labels=labels, after=after, limit=limit
-    )
-    return JobList(data=jobs, has_more=has_more)
+    filters = JobFilters(status=status, kind=kind, queue=queue, labels=labels)
+    jobs, has_more = await read(store.list_jobs_json, after=after, limit=limit, **filters)
+    more = b"true" if has_more else b"false"
+    body = b'{"object":"list","data":[%b],"has_more":%b}' % (b",".join(jobs), more)
+    return Response(body, media_type="application/json")
 
 
 @router.get(
     "/jobs/{job_id}", response_model=JobView, responses=responses(404, 422, 503), tags=["jobs"]
 )
-def show_job(job: JobDep) -> JobView:
+async def show_job(job_id: str, store: StoreDep) -> Response:
     """One job as it stands now."""
-    return job
+    job = await read(store.get_job_json, job_id) if is_job_id(job_id) else None
+    if job is None:
+        raise job_not_found(job_id)
+    return Response(job, media_type="application/json")
 
 
 @router.post(

@@ -130,10 +130,12 @@ def test_an_unknown_job_is_404_everywhere(client, path, job_id):
 
 def test_an_id_no_job_can_have_does_not_reach_the_database(client, store, monkeypatch):
     asked = []
-    monkeypatch.setattr(store, "get_job", lambda job_id: asked.append(job_id))
-    assert client.get("/v1/jobs/%00").status_code == 404  # Postgres refuses NUL in a text
-    assert client.get(f"/v1/jobs/{MISSING}").status_code == 404
-    assert asked == [MISSING]
+    for name in ("get_job", "get_job_json"):
+        monkeypatch.setattr(store, name, lambda job_id: asked.append(job_id))
+    for path in ("", "/results"):  # Postgres refuses NUL in a text
+        assert client.get(f"/v1/jobs/%00{path}").status_code == 404
+        assert client.get(f"/v1/jobs/{MISSING}{path}").status_code == 404
+    assert asked == [MISSING, MISSING]
 
 
 def test_workers_health_and_metrics(client, spec, submitted):
