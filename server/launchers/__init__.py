@@ -3,15 +3,19 @@
 Nothing in here imports torch or Ray before a gang of that kind starts.
 """
 
+from typing import TYPE_CHECKING
+
 from server.launchers.base import GangShape, Launch, Launcher
 from server.launchers.local import LocalLauncher
 from server.launchers.ray import RayLauncher
-from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.settings import Settings
 
 __all__ = ["GangShape", "Launch", "Launcher", "LocalLauncher", "RayLauncher", "launcher_for"]
 
 
-def launcher_for(settings: Settings) -> Launcher:
+def launcher_for(settings: "Settings") -> Launcher:
     """The launcher that `PROBE_LAUNCHER` names."""
     if settings.launcher == "ray":
         return RayLauncher(

@@ -1,7 +1,7 @@
-"""A Ray cluster of two "nodes" on this machine: two raylets of two CPUs each, no more memory than
-needed. Prints its address, and ends when its standard input does, as it does with whoever started it.
+"""A Ray cluster of two "nodes" on this machine: two raylets of two CPUs each, of little memory.
 
-A process of its own, since Ray warns while it is imported and leaves sockets to the collector.
+Writes its address, and ends when its standard input does, as it does with whoever started it. A
+process of its own, since Ray warns while it is imported and leaves sockets to the collector.
 """
 
 import sys
@@ -15,6 +15,7 @@ if __name__ == "__main__":
     cluster = Cluster(initialize_head=True, head_node_args={**of_each, "include_dashboard": False})
     cluster.add_node(**of_each)
     cluster.wait_for_nodes()
-    print(cluster.address, flush=True)
+    sys.stdout.write(f"{cluster.address}\n")
+    sys.stdout.flush()
     sys.stdin.read()
     cluster.shutdown()

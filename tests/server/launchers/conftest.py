@@ -119,6 +119,9 @@ class RayLab(jobs.Lab):
         [agent] = [p for p, line in self.processes().items() if "ray_agent" in line]
         return agent
 
+    def until_gone(self, pids: set[int]) -> None:
+        self.until(lambda: not pids & set(self.processes()), f"{pids} to end")
+
     def until_nothing_is_left(self) -> None:
         """No agent and rank of this laboratory, no actor on the cluster."""
         self.until(lambda: not self.children(), "agent and ranks to be gone")

@@ -9,14 +9,12 @@ import os
 import sys
 from pathlib import Path
 
-from probe.rank import die_with_parent
 from probe.worker_link import TOKEN, connect_to_worker
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 from fake_rank import measure
 
 if __name__ == "__main__":
-    die_with_parent(os.getppid())
     rank = int(os.environ["RANK"])
     connection = connect_to_worker(sys.argv[1])
     assert TOKEN not in os.environ
