@@ -32,6 +32,15 @@ class Runner(Protocol):
         """Give up these jobs, if they still run under these tokens."""
 
 
+def longest_gap_s(worker_stale_s: float) -> float:
+    """The longest time between two beats of ours that is no sign of an outage.
+
+    Beats are at most a quarter of a lease apart (see settings). A silence of others that an outage
+    explains is then at least half a lease longer than their usual one, and so is ours.
+    """
+    return worker_stale_s / 2
+
+
 class Steadiness:
     """How long the beats have succeeded without a gap, on this machine's and the database's clock.
 
@@ -41,9 +50,7 @@ class Steadiness:
 
     def __init__(self, worker_stale_s: float) -> None:
         """No beat has succeeded yet."""
-        # Beats are at most a quarter of a lease apart (see settings). A silence of others that an
-        # outage explains is then at least half a lease longer than their usual one, and so is ours.
-        self._longest_gap_s = worker_stale_s / 2
+        self._longest_gap_s = longest_gap_s(worker_stale_s)
         self._worker_stale_s = worker_stale_s
         self._since: tuple[float, float] | None = None
         self._last = (0.0, 0.0)

@@ -17,6 +17,7 @@ from dbos import DBOS
 
 from server import queue, tables
 from server.tables import workers
+from server.worker.heartbeat import longest_gap_s
 from server.worker.name_lock import lock_path, try_lock
 
 logger = logging.getLogger(__name__)
@@ -58,10 +59,17 @@ def adopt_by_lease(
         Names of the workers whose jobs were queued; usually none.
     """
     workflows = queue.workflow_status_table(engine)
-    silent_ms = tables.now_ms(engine) - workers.c.last_heartbeat
+    silent_s = (tables.now_ms(engine) - workers.c.last_heartbeat) / 1000.0
     gone: sa.ColumnElement[bool] = workers.c.stopped
     if guess:
-        gone = sa.or_(gone, workers.c.name.is_(None), silent_ms > worker_stale_s * 1000)
+        own = workers.alias()
+        # In the same breath: an outage that began a moment ago silences us as it does the others.
+        heard_of_us = sa.exists().where(
+            own.c.name == own_name,
+            tables.now_ms(engine) - own.c.last_heartbeat < longest_gap_s(worker_stale_s) * 1000,
+        )
+        silent = sa.or_(workers.c.name.is_(None), silent_s > worker_stale_s)
+        gone = sa.or_(gone, sa.and_(silent, heard_of_us))
     query = (
         sa.select(workflows.c.executor_id)
         .distinct()

@@ -199,11 +199,18 @@ class Lab:
         return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
     def start_worker(
-        self, name: str = "w", *, torchrun: bool = False, **settings: Any
+        self,
+        name: str = "w",
+        *,
+        torchrun: bool = False,
+        machine: str = "",
+        environment: dict[str, str] | None = None,
+        **settings: Any,
     ) -> subprocess.Popen[bytes]:
+        """Start a worker; one of another `machine` shares the database and nothing else."""
         rank = [*(TORCHRUN if torchrun else ()), str(FAKE_RANK), "--socket", "{socket}"]
         env = {
-            "PROBE_DATA_DIR": str(self.data_dir),
+            "PROBE_DATA_DIR": str(self.directory / f"data{machine}"),
             "PROBE_DATABASE_URL": self.database_url,
             "PROBE_WORKER_NAME": name,
             "PROBE_RANK_COMMAND": json.dumps([sys.executable, *rank]),
@@ -215,7 +222,7 @@ class Lab:
         with (self.directory / "worker.out").open("ab") as out:
             worker = subprocess.Popen(
                 [sys.executable, "-m", "server.worker"],
-                env=os.environ | env,
+                env=os.environ | env | (environment or {}),
                 stdout=out,
                 stderr=out,
                 start_new_session=True,  # so that a test can send Ctrl-C as a terminal does
@@ -245,6 +252,26 @@ class Lab:
             lambda: (view := self.job(job_id)).status in statuses and view, f"{statuses}"
         )
 
+    def assert_whole(self, job_id: str, starts: list[int]) -> None:
+        """Succeeded, each of 3 units recorded and told once, the same numbers whatever happened."""
+        view = self.until_status(job_id, "succeeded", "failed")
+        assert view.status == "succeeded", view.error
+        results = self.store.unit_results(job_id)
+        assert [result.unit.index for result in results] == [0, 1, 2]
+        # Unit k of the fake rank has eta_c = 2 * (hint from unit k - 1), the first one 2 * 1.0.
+        assert [result.measurements[0].eta_c for result in results] == [2.0, 4.0, 8.0]
+        assert self.journal(job_id, "start") == starts
+        events = self.store.events_after(job_id, 0)
+        assert [event.id for event in events] == list(range(1, len(events) + 1))
+        finished = [event.data["index"] for event in events if event.type == "unit.finished"]
+        assert finished == [0, 1, 2]
+        assert [event.type for event in events].count("job.succeeded") == 1
+        self.until(lambda: not self.ranks_of(job_id), "the gang to be gone")
+
+    def ranks_of(self, job_id: str) -> set[int]:
+        """Living processes that have measured for the job."""
+        return {int(pid) for _, _, pid in self._notes(job_id)} & set(self.processes())
+
     def event_types(self, job_id: str) -> list[str]:
         return [event.type for event in self.store.events_after(job_id, 0)]
 
@@ -264,6 +291,15 @@ class Lab:
         """As `processes`, the workers themselves left out."""
         workers = {worker.pid for worker in self.workers}
         return {pid: line for pid, line in self.processes().items() if pid not in workers}
+
+    def freeze(self, pid: int) -> None:
+        """SIGSTOP, and wait until it is so."""
+        os.kill(pid, signal.SIGSTOP)
+        state = Path(f"/proc/{pid}/stat")
+        self.until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T", "the stop")
+
+    def thaw(self, pid: int) -> None:
+        os.kill(pid, signal.SIGCONT)
 
     def kill(self, pid: int) -> None:
         os.kill(pid, signal.SIGKILL)

@@ -214,6 +214,7 @@ def test_whose_jobs_are_taken(store, make_lease, create, queued_again, state, gu
     for executor in ("v", "v", "own"):
         claim(store, create(), executor, "t")
     create()  # queued: nobody's
+    make_lease("own").take(view_of("own"), [])
     lease = make_lease("v")
     if state != "missing":
         lease.take(view_of("v"), [])
@@ -223,6 +224,18 @@ def test_whose_jobs_are_taken(store, make_lease, create, queued_again, state, gu
         lease.release(view_of("v"))
     found = orphans.adopt_by_lease(store.engine, "own", worker_stale_s=STALE_S, guess=guess)
     assert found == queued_again == expected
+
+
+def test_nobody_is_judged_by_one_that_is_silent_itself(store, make_lease, create, queued_again):
+    """An outage that has just begun: our beat is still waiting, nothing has failed yet."""
+    claim(store, create(), "v", "t")
+    for name, silent_s in (("v", STALE_S + 1), ("own", STALE_S / 2 + 1)):
+        make_lease(name).take(view_of(name), [])
+        fall_silent(store, name, silent_s)
+    assert orphans.adopt_by_lease(store.engine, "own", worker_stale_s=STALE_S, guess=True) == []
+    fall_silent(store, "own", STALE_S / 4)
+    orphans.adopt_by_lease(store.engine, "own", worker_stale_s=STALE_S, guess=True)
+    assert queued_again == ["v"]
 
 
 def test_after_an_outage_nobody_is_judged_for_the_length_of_a_lease():
