@@ -20,6 +20,7 @@ FILLED = {
     "PROBE_CHECKPOINTS": "/srv/checkpoints",
     "COMPOSE_PROFILES": "gpu",
     "HF_TOKEN": "hf_token",
+    "PROBE_WEBHOOK_SECRET": "what-signs-webhooks",
 }
 OURS = {"server", "cpu-worker", "gpu-worker", "metrics-key"}
 EVERY = {*OURS, "postgres", "prometheus"}
@@ -101,7 +102,8 @@ def test_settings_are_called_as_the_program_calls_them(services: dict[str, dict[
 
 
 def test_secrets_are_handed_to_those_who_need_them(services: dict[str, dict[str, Any]]) -> None:
-    holders: dict[str, set[str]] = {"p@ss:w/rd%": set(), "an-admin-key": set(), "hf_token": set()}
+    secrets = ("p@ss:w/rd%", "an-admin-key", "hf_token", "what-signs-webhooks")
+    holders: dict[str, set[str]] = {secret: set() for secret in secrets}
     for name, service in services.items():
         for secret in holders:
             if secret in json.dumps(service.get("environment", {})):
@@ -109,7 +111,7 @@ def test_secrets_are_handed_to_those_who_need_them(services: dict[str, dict[str,
             rest = {key: value for key, value in service.items() if key != "environment"}
             assert secret not in json.dumps(rest), f"{name}: a secret outside its environment"
     assert holders["p@ss:w/rd%"] == {*OURS, "postgres"}
-    assert holders["an-admin-key"] == {"server"}
+    assert holders["an-admin-key"] == holders["what-signs-webhooks"] == {"server"}
     assert "prometheus" not in holders["hf_token"]
 
 
