@@ -146,13 +146,15 @@ class ProbeClient:
         *,
         status: str | None = None,
         kind: str | None = None,
+        queue: str | None = None,
         labels: Mapping[str, str] | None = None,
         after: str | None = None,
         limit: int = 50,
     ) -> JobList:
         """One page of jobs, newest first; `after` is the id of the last job seen."""
         query: list[tuple[str, str | int | float | bool | None]] = [("limit", limit)]
-        for name, value in (("status", status), ("kind", kind), ("after", after)):
+        given = {"status": status, "kind": kind, "queue": queue, "after": after}
+        for name, value in given.items():
             if value is not None:
                 query.append((name, value))
         query += [("label", f"{name}={value}") for name, value in (labels or {}).items()]
@@ -163,12 +165,15 @@ class ProbeClient:
         *,
         status: str | None = None,
         kind: str | None = None,
+        queue: str | None = None,
         labels: Mapping[str, str] | None = None,
     ) -> Iterator[JobView]:
         """Every matching job, newest first, page after page."""
         after: str | None = None
         while True:
-            page = self.jobs(status=status, kind=kind, labels=labels, after=after, limit=100)
+            page = self.jobs(
+                status=status, kind=kind, queue=queue, labels=labels, after=after, limit=100
+            )
             yield from page.data
             if not page.has_more or not page.data:
                 return
@@ -360,7 +365,10 @@ class ProbeClient:
 
 
 def _plain(value: BaseModel | Mapping[str, Any]) -> Any:
-    return value.model_dump(mode="json") if isinstance(value, BaseModel) else dict(value)
+    if not isinstance(value, BaseModel):
+        return dict(value)
+    webhook = getattr(value, "webhook", None)  # left out of every dump, as it may be a secret
+    return value.model_dump(mode="json") | ({} if webhook is None else {"webhook": webhook})
 
 
 def _quoted(job_id: str) -> str:

@@ -23,6 +23,7 @@ from clients.cli.conventions import (
     stderr_console,
     stdout_console,
 )
+from clients.cli.durations import seconds
 from probe.kinds import KINDS
 
 LabelOption = Annotated[
@@ -37,6 +38,19 @@ def submit(
     preset: PresetOption = None,
     overrides: SetOption = None,
     labels: LabelOption = None,
+    priority: Annotated[
+        int | None,
+        typer.Option(help="Place in the queue, 1 first, 10000 last; default 100, or the file's."),
+    ] = None,
+    time_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DURATION", help="The job fails this long after its first start: 90m, 2h, 1d."
+        ),
+    ] = None,
+    webhook: Annotated[
+        str | None, typer.Option(metavar="URL", help="Told, signed, when the job has ended.")
+    ] = None,
     idempotency_key: Annotated[
         str | None, typer.Option(help="Submitting twice with the same key makes one job.")
     ] = None,
@@ -50,9 +64,15 @@ def submit(
     from clients.cli.watch import follow_and_exit
     from probe.spec_load import load_spec, parse_spec, resolved
 
-    spec = resolved(load_spec(file, overrides or [], preset))
+    loaded = load_spec(file, overrides or [], preset)
+    spec = resolved(loaded)
     spec["labels"] = spec["labels"] | parse_labels(labels)
-    absolute = resolved(parse_spec(absolute_paths(spec, Path.cwd())))
+    if priority is not None:
+        spec["priority"] = priority
+    if time_limit is not None:
+        spec["time_limit_s"] = seconds(time_limit, "--time-limit")
+    spec["webhook"] = loaded.webhook if webhook is None else webhook  # no dump holds it
+    absolute = parse_spec(absolute_paths(spec, Path.cwd()))
     with connect(server) as client:
         job = client.submit(absolute, idempotency_key=idempotency_key)
         if not watch:
@@ -125,6 +145,9 @@ def list_jobs(
     kind: Annotated[
         str | None, typer.Option(help=f"Only jobs of this kind: {', '.join(KINDS)}.")
     ] = None,
+    queue: Annotated[
+        Literal["gpu", "cpu"] | None, typer.Option(help="Only jobs of this queue.")
+    ] = None,
     labels: LabelOption = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many.")] = 20,
     server: ServerOption = None,
@@ -136,7 +159,7 @@ def list_jobs(
     from clients.cli.tables import jobs_table
 
     with connect(server) as client:
-        found = client.iter_jobs(status=status, kind=kind, labels=parse_labels(labels))
+        found = client.iter_jobs(status=status, kind=kind, queue=queue, labels=parse_labels(labels))
         jobs = list(islice(found, limit + 1))
     shown = jobs[:limit]
     has_more = len(jobs) > limit
@@ -197,8 +220,13 @@ def cancel(
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     add_command(
-        app, submit, "probe submit configs/demo-series.yaml --set measurement.repeats=3 --watch"
+        app,
+        submit,
+        "probe submit configs/demo-series.yaml --set measurement.repeats=3 --watch",
+        "probe submit configs/demo-series.yaml --priority 200 --time-limit 2h --label run=7",
     )
-    add_command(app, list_jobs, "probe list --status running --label project=demo", name="list")
+    add_command(
+        app, list_jobs, "probe list --status running --queue gpu --label project=demo", name="list"
+    )
     add_command(app, show, "probe show 0f3a --json")
     add_command(app, cancel, "probe cancel 0f3a")

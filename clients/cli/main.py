@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from clients.cli import data, doctor, jobs, results, run, sources, up, watch
+from clients.cli import data, doctor, jobs, results, run, sources, up, watch, workers
 from clients.cli.conventions import ProbeGroup, example
 from probe import __version__
 
@@ -52,6 +52,7 @@ def probe(
 up.register(app)
 run.register(app)
 jobs.register(app)
+workers.register(app)
 watch.register(app)
 results.register(app)
 sources.register(app)

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from probe.result import CheckpointRef, Plan, Summary, UnitResult
+from probe.spec_base import DEFAULT_PRIORITY
 from server.wire import JobView
 
 NONE = "-"
@@ -175,12 +176,17 @@ def jobs_table(jobs: Iterable[JobView], *, now: dt.datetime, width: int) -> Tabl
         table.add_row(
             job.id,
             *([] if is_narrow else [Text(job.name)]),
-            status_text(job.status),
+            _status_and_place(job) if is_wide else status_text(job.status),
             f"{job.num_units_finished}/{job.num_units}{missing}",
             *([str(job.num_forward_passes)] if is_wide else []),
             *([] if is_narrow else [age(job.created_at, now)]),
         )
     return table
+
+
+def _status_and_place(job: JobView) -> Text:
+    text = status_text(job.status)
+    return text if job.queue_position is None else text.append(f" #{job.queue_position}")
 
 
 def age(then: dt.datetime, now: dt.datetime) -> str:
@@ -201,6 +207,10 @@ def job_table(job: JobView) -> Table:
     table.add_row("name", Text(job.name))
     table.add_row("kind", job.kind)
     table.add_row("status", status_text(job.status))
+    if job.queue is not None:
+        table.add_row("queue", _queue_text(job))
+    if job.worker is not None:
+        table.add_row("worker", Text(job.worker))
     if job.error is not None:
         where = f" (unit {job.error.unit_id})" if job.error.unit_id else ""
         table.add_row("error", Text(f"{job.error.code}: {job.error.message}{where}", style="red"))
@@ -215,15 +225,33 @@ def job_table(job: JobView) -> Table:
         ("created", job.created_at),
         ("started", job.started_at),
         ("finished", job.finished_at),
+        ("imported", job.imported_at),
     ):
         if moment is not None:
             table.add_row(name, moment.astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"))
     if job.started_at and job.finished_at:
         table.add_row("took", duration((job.finished_at - job.started_at).total_seconds()))
+    if job.time_limit_s is not None:
+        table.add_row("time limit", duration(job.time_limit_s))
+    if job.submitted_by is not None:
+        table.add_row("submitted by", Text(job.submitted_by))
     if job.labels:
         table.add_row("labels", Text(", ".join(f"{k}={v}" for k, v in sorted(job.labels.items()))))
     table.add_row("spec sha256", job.spec_sha256)
     return table
+
+
+def _queue_text(job: JobView) -> str:
+    """gpu, priority 200, place 3, starts about 14:05:00 UTC."""
+    parts = [job.queue or NONE]
+    if job.priority != DEFAULT_PRIORITY:
+        parts.append(f"priority {job.priority}")
+    if job.queue_position is not None:
+        parts.append(f"place {job.queue_position}")
+    if job.estimated_start is not None:
+        about = job.estimated_start.astimezone().strftime("%Y-%m-%d %H:%M %Z")
+        parts.append(f"starts about {about}")
+    return ", ".join(parts)
 
 
 def _is_continual(kind: str) -> bool:

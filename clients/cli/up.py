@@ -80,6 +80,13 @@ def up(
         ),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Worker processes.")] = 1,
+    queues: Annotated[
+        str | None, typer.Option(help="Queues they take jobs from; default: gpu,cpu.")
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(min=1, max=256, help="Jobs of queue cpu at once per worker; default: 1."),
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Run server and worker on this machine until Ctrl-C.
@@ -89,7 +96,9 @@ def up(
     directory = data_directory(data_dir)
     port = _free_port(host, port)
     environment = {"PROBE_DATA_DIR": str(directory), "PROBE_HOST": host, "PROBE_PORT": str(port)}
-    services = _services(directory, host, port, workers)
+    chosen = {"--queues": queues, "--slots": slots}
+    options = [word for k, v in chosen.items() if v is not None for word in (k, str(v))]
+    services = _services(directory, host, port, workers, options)
     address = f"http://{_reachable(host)}:{port}"
     with _signals_as_exceptions():
         try:
@@ -105,7 +114,9 @@ def up(
             stop_children([s.process for s in services if s.process is not None])
 
 
-def _services(directory: Path, host: str, port: int, workers: int) -> list[_Service]:
+def _services(
+    directory: Path, host: str, port: int, workers: int, options: list[str]
+) -> list[_Service]:
     logs = directory / "logs"
     try:
         logs.mkdir(parents=True, exist_ok=True)
@@ -116,7 +127,12 @@ def _services(directory: Path, host: str, port: int, workers: int) -> list[_Serv
     )
     names = [f"{socket.gethostname()}-{index}" for index in range(workers)]
     return [server] + [
-        _Service(f"worker {name}", "server.worker", ["--name", name], logs / f"worker-{name}.log")
+        _Service(
+            f"worker {name}",
+            "server.worker",
+            ["--name", name, *options],
+            logs / f"worker-{name}.log",
+        )
         for name in names
     ]
 
@@ -272,6 +288,6 @@ def _become(module: str, arguments: list[str]) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    add_command(app, up, "probe up --port 8765 --workers 1")
+    add_command(app, up, "probe up --port 8765 --workers 1", "probe up --queues cpu --slots 4")
     add_command(app, serve, "probe serve --host 127.0.0.1 --port 8765", context_settings=_PASS_ON)
-    add_command(app, worker, "probe worker --queues gpu,cpu", context_settings=_PASS_ON)
+    add_command(app, worker, "probe worker --queues cpu --slots 4", context_settings=_PASS_ON)
