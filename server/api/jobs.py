@@ -5,21 +5,26 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-from probe.kinds import JobKind
+from probe.kinds import JobKind, JobSpec
 from probe.plan import make_plan
 from probe.result import Plan
 from probe.series import list_checkpoints
 from probe.spec import CheckpointSeriesSpec
+from probe.spec_base import DEFAULT_PRIORITY
 from probe.spec_load import SpecError, parse_spec
 from server.api.bodies import read_json, sha256_of
+from server.api.callers import Caller, caller_of
 from server.api.context import JobDep, SettingsDep, StoreDep, is_job_id, known_query
-from server.api.problems import job_not_found, responses
+from server.api.guard import require
+from server.api.problems import invalid, job_not_found, responses
 from server.api.reading import read
-from server.api.roots import check_checkpoints, check_found, check_spec
+from server.api.roots import refusals_as_problems
+from server.confinement import Confinement
 from server.settings import Queue, Settings
 from server.store import Store
 from server.store_protocol import JobFilters
-from server.wire import CheckpointList, JobList, JobStatus, JobView
+from server.webhooks import fault_of_webhook
+from server.wire import CheckpointList, FieldProblem, JobList, JobStatus, JobView
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(known_query)])
 
@@ -63,14 +68,15 @@ async def submit_job(
 ) -> JobView:
     """Queue a job; answers at once with its id and `Location`."""
     body = await read_json(request)
-    job, created = await run_in_threadpool(_submit, store, settings, body, idempotency_key)
+    caller = caller_of(request.scope)
+    job, created = await run_in_threadpool(_submit, store, settings, caller, body, idempotency_key)
     response.status_code = 202 if created else 200
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return job
 
 
 def _submit(
-    store: Store, settings: Settings, body: Any, idempotency_key: str | None
+    store: Store, settings: Settings, caller: Caller, body: Any, idempotency_key: str | None
 ) -> tuple[JobView, bool]:
     body_sha256 = sha256_of(body)
     if idempotency_key is not None:
@@ -78,16 +84,38 @@ def _submit(
         earlier = store.earlier_job(idempotency_key, body_sha256)
         if earlier is not None:
             return earlier, False
-    plan = _plan(settings, body)
-    return store.create_job(plan=plan, idempotency_key=idempotency_key, body_sha256=body_sha256)
-
-
-def _plan(settings: Settings, body: Any) -> Plan:
     spec = parse_spec(body)
-    check_spec(spec, settings.roots)
+    if spec.priority < DEFAULT_PRIORITY:
+        require(caller, "admin", f"a priority below {DEFAULT_PRIORITY}")
+    _check_webhook(spec, settings)
+    return store.create_job(
+        plan=_plan(settings, spec),
+        idempotency_key=idempotency_key,
+        body_sha256=body_sha256,
+        submitted_by=caller.name,
+        webhook=spec.webhook,
+    )
+
+
+def _check_webhook(spec: JobSpec, settings: Settings) -> None:
+    if spec.webhook is None:
+        return
+    fault = fault_of_webhook(
+        spec.webhook, settings.webhook_hosts, has_secret=settings.webhook_secret is not None
+    )
+    if fault is not None:
+        raise invalid([FieldProblem(field="webhook", message=fault)], "webhook_not_allowed")
+
+
+def _plan(settings: Settings, spec: JobSpec) -> Plan:
+    confinement = Confinement.of(settings)
+    with refusals_as_problems():
+        confinement.check_spec(spec)
     plan = make_plan(spec)
-    found = [unit.checkpoint for unit in plan.units if unit.checkpoint is not None]
-    check_found(found, settings.roots)
+    with refusals_as_problems():
+        confinement.check_found(
+            unit.checkpoint for unit in plan.units if unit.checkpoint is not None
+        )
     return plan
 
 
@@ -101,7 +129,7 @@ def _plan(settings: Settings, body: Any) -> Plan:
 async def plan_job(request: Request, settings: SettingsDep) -> Plan:
     """Units, forward passes and memory a job would take; nothing is queued."""
     body = await read_json(request)
-    return await run_in_threadpool(_plan, settings, body)
+    return await run_in_threadpool(lambda: _plan(settings, parse_spec(body)))
 
 
 @router.get("/jobs", response_model=JobList, responses=responses(422, 503), tags=["jobs"])
@@ -185,7 +213,10 @@ def _list_series(settings: Settings, body: Any) -> CheckpointList:
             [p | {"field": p["field"].removeprefix("checkpoints.")} for p in error.problems]
         ) from None
     assert isinstance(spec, CheckpointSeriesSpec)
-    check_checkpoints(spec.checkpoints, settings.roots, field="")
+    confinement = Confinement.of(settings)
+    with refusals_as_problems():
+        confinement.check_checkpoints(spec.checkpoints, field="")
     found = list_checkpoints(spec.checkpoints)
-    check_found(found, settings.roots)
+    with refusals_as_problems():
+        confinement.check_found(found)
     return CheckpointList(data=found)
