@@ -3,7 +3,8 @@
 Only the wheel's programs are used: its own launcher makes every directory above the data
 readable by everybody, believes a zombie alive, and stops the server when any handle is dropped.
 Here the server is tied to its parent by a pipe, so it ends with the tests however they end.
-Nothing is durable (`fsync=off`): what is tested is our program, not the disk.
+Commits outlive a crash of the server, not one of the machine (`fsync=off`): what is tested is
+our program, not the disk.
 """
 
 import importlib.util
@@ -27,7 +28,6 @@ _SETTINGS = {
     "listen_addresses": "",  # unix socket only: no port to collide on
     "fsync": "off",
     "full_page_writes": "off",
-    "synchronous_commit": "off",
     "wal_level": "minimal",
     "max_wal_senders": "0",
     "max_connections": "300",
