@@ -56,6 +56,14 @@ def test_what_compose_reads_is_what_these_tests_read(tmp_path: Path) -> None:
         assert check.get("test") == service.get("healthcheck", {}).get("test"), name
 
 
+def test_any_password_can_stand_in_single_quotes(tmp_path: Path) -> None:
+    """As deploy/env.example says."""
+    given = FILLED | {"POSTGRES_PASSWORD": "'a$b #c\\d\"e'"}
+    done = config(given, tmp_path, "--format", "json")
+    found = json.loads(done.stdout)["services"]["server"]["environment"]["PGPASSWORD"]
+    assert found.replace("$$", "$") == 'a$b #c\\d"e'
+
+
 def test_only_the_gpu_worker_is_left_out_without_its_profile(tmp_path: Path) -> None:
     done = config(FILLED | {"COMPOSE_PROFILES": ""}, tmp_path, "--services")
     assert set(done.stdout.split()) == EVERY - {"gpu-worker"}
