@@ -36,6 +36,7 @@ from server.wire import EventType, JobError
 from server.worker import time_limit
 from server.worker.execution import Execution
 from server.worker.gang import Gang, OnProgress, UnitFailedError
+from server.worker.reach import refuse_what_is_out_of_reach
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -181,12 +182,15 @@ class JobRunner:
         self, execution: Execution, unit: Unit, eta_init: dict[str, float] | None, attempt: int
     ) -> AnyUnitResult:
         about = {"unit_id": unit.unit_id, "index": unit.index}
+        reach = (execution.plan, unit, self._settings)
         try:
+            await asyncio.to_thread(refuse_what_is_out_of_reach, *reach)
             gang = execution.gang or await self._start_gang(execution)
             started = about | {"attempt": attempt, "device": gang.device}
             await self._tell(execution, "unit.started", started)
             following = execution.plan.units[unit.index + 1 : unit.index + 2]
             upcoming = following[0] if following else None
+            await asyncio.to_thread(refuse_what_is_out_of_reach, *reach)  # a start takes seconds
             return await gang.measure(unit, eta_init, self._throttled(execution, about), upcoming)
         except BaseException:
             # Also when cancelled. After any error the next try gets fresh processes: an
