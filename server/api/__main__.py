@@ -1,12 +1,15 @@
 """`python -m server.api`: the HTTP server in the foreground."""
 
 import argparse
+import importlib.util
 import logging
+import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from probe.errors import ConfigError
 from server.api.check import what_is_wrong
+from server.redaction import protect_output, redact
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ def main() -> int:
             return _check(settings)
         app = _prepare(settings)
     except (ConfigError, ValueError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)  # noqa: T201
+        print(redact(f"{parser.prog}: {error}"), file=sys.stderr)  # noqa: T201
         return 2
     _serve(app, settings)
     return 0
@@ -48,6 +51,7 @@ def _prepare(settings: Settings) -> "FastAPI":
     logging.basicConfig(
         level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    protect_output(settings)
     return create_app(settings)
 
 
@@ -61,14 +65,26 @@ def _serve(app: "FastAPI", settings: Settings) -> None:
         log_config=None,
         access_log=settings.log_level == "DEBUG",
         server_header=False,
+        http=_http_protocol(),
+        ws="none",
+        # Who asks counts for limits: another's word for it is taken only where the operator says.
+        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
         timeout_graceful_shutdown=_GRACE_S,
     )
+
+
+def _http_protocol() -> Any:
+    if importlib.util.find_spec("httptools") is None:
+        return "h11"
+    from server.api.http_head import BoundedHttpProtocol
+
+    return BoundedHttpProtocol
 
 
 def _check(settings: Settings) -> int:
     problem = what_is_wrong(settings)
     if problem is not None:
-        print(problem, file=sys.stderr)  # noqa: T201
+        print(redact(problem), file=sys.stderr)  # noqa: T201
     return 0 if problem is None else 1
 
 

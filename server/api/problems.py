@@ -20,6 +20,7 @@ from probe.errors import (
 )
 from probe.spec_load import SpecError
 from server.errors import IdempotencyConflictError, StoreNotReadyError
+from server.redaction import redact
 from server.wire import FieldProblem, Problem
 
 log = logging.getLogger(__name__)
@@ -69,9 +70,9 @@ class ProblemError(Exception):
         problem = Problem(
             title=http.HTTPStatus(self.status).phrase,
             status=self.status,
-            detail=self.detail,
+            detail=redact(self.detail),
             code=self.code,
-            errors=self.errors,
+            errors=[FieldProblem(field=e.field, message=redact(e.message)) for e in self.errors],
         )
         return JSONResponse(
             problem.model_dump(mode="json"), self.status, self.headers, media_type=MEDIA_TYPE

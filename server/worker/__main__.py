@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from probe.errors import ProbeError
+from server.redaction import protect_output, redact
 from server.settings import Settings
 from server.worker.check import what_is_wrong
 from server.worker.main import run_worker
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = Settings(**given)
     except ValidationError as error:
-        print(error, file=sys.stderr)  # noqa: T201
+        print(redact(str(error)), file=sys.stderr)  # noqa: T201
         return 2
     if check_only:
         return _check(settings)
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         format="%(asctime)s %(levelname)s %(message)s",
         stream=sys.stderr,
     )
+    protect_output(settings)
     try:
         run_worker(settings)
     except ProbeError as error:
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 def _check(settings: Settings) -> int:
     problem = what_is_wrong(settings)
     if problem is not None:
-        print(problem, file=sys.stderr)  # noqa: T201
+        print(redact(problem), file=sys.stderr)  # noqa: T201
     return 0 if problem is None else 1
 
 

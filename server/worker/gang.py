@@ -22,6 +22,7 @@ from probe.failures import known_failure
 from probe.result import Unit
 from probe.unit_results import AnyUnitResult, parse_result
 from server.launchers import GangShape, Launcher, LocalLauncher
+from server.redaction import redact
 from server.worker import oom_killer, tether
 from server.worker.processes import MARK, kill_marked
 from server.worker.rank_socket import Endpoint, Heard, RankSocket
@@ -33,16 +34,26 @@ _TAIL_BYTES = 2000
 _EXIT_S = 5.0
 _LAST_WORDS_S = 1.0  # after the agent's end, for messages that are still on their way
 _VERDICT_S = 5.0  # after "another rank failed", for that rank's own error to arrive
-_SECRETS = ("PROBE_API_KEYS", "PROBE_DATABASE_URL", "PROBE_WEBHOOK_SECRET")
+# What ranks have no use for. HF_TOKEN stays: they fetch from the hub.
+_SECRETS = frozenset(
+    {
+        "OTEL_EXPORTER_OTLP_HEADERS",
+        "PGPASSWORD",
+        "PROBE_API_KEY",
+        "PROBE_API_KEYS",
+        "PROBE_DATABASE_URL",
+        "PROBE_WEBHOOK_SECRET",
+    }
+)
 
 
 class UnitFailedError(Exception):
     """A unit did not get a result. `retryable` says if another try can help."""
 
     def __init__(self, code: str, message: str, *, retryable: bool) -> None:
-        super().__init__(message)
         self.code = code
-        self.message = message
+        self.message = redact(message)  # it may hold the end of a log; events and answers show it
+        super().__init__(self.message)
         self.retryable = retryable
 
 
