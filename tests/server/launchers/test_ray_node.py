@@ -84,10 +84,12 @@ def test_the_node_s_variables_win_but_for_threads(node, monkeypatch, tmp_path):
     assert reports(node)[0].split() == ["ib0", "/shared", "3", "2", "7000", str(tmp_path)]
 
 
-def test_cores_are_shared_among_the_ranks_of_a_node(node, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # Ray's, for one CPU
-    node.start(plan(*python("print(os.environ['OMP_NUM_THREADS'])"), directory="/not/there"))
-    assert set(reports(node)[0].split()) == {str(max(1, os.cpu_count() // 2))}
+@pytest.mark.parametrize(("num_ranks", "expected"), [(1, None), (2, max(1, os.cpu_count() // 2))])
+def test_cores_are_shared_among_the_ranks_of_a_node(node, monkeypatch, num_ranks, expected):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")  # Ray's, for five CPUs
+    show = python("print(os.environ.get('OMP_NUM_THREADS'))")
+    node.start(plan(*show, num_ranks=num_ranks, directory="/not/there"))
+    assert set(reports(node)[0].split()) == {str(expected)}
 
 
 def test_the_end_reaches_what_ranks_have_started(node):
