@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
-from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers
@@ -211,9 +210,3 @@ def _equal(credentials: Credentials, key: Credentials) -> bool:
     return credentials.key_id == key.key_id and hmac.compare_digest(
         credentials.token.encode(), key.token.encode()
     )
-
-
-def keyring_of(app: Any) -> Keyring:
-    """The keyring of an app made by `create_app`."""
-    keyring: Keyring = app.state.keyring
-    return keyring
