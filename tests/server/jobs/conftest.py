@@ -34,7 +34,7 @@ VOCAB = 50
 DEADLINE_S = 120.0  # far above what anything here needs; only a broken run waits so long
 
 
-def _unit(index: int) -> Unit:
+def make_unit(index: int) -> Unit:
     checkpoint = CheckpointRef(source="local", location=f"/checkpoints/step-{index}", step=index)
     return Unit(index=index, unit_id=f"{index:04d}-step-{index}", checkpoint=checkpoint)
 
@@ -58,7 +58,7 @@ def _plan(
             **spec,
         },
         spec_sha256="0" * 64,
-        units=[_unit(index) for index in range(num_units)],
+        units=[make_unit(index) for index in range(num_units)],
         num_forward_passes=4 * num_units,
         max_forward_passes=40 * num_units,
         num_backward_passes=num_units,
@@ -66,7 +66,9 @@ def _plan(
     )
 
 
-def _result(unit: Unit, *, eta_c: float | None = 0.5, num_forward_passes: int = 4) -> UnitResult:
+def make_result(
+    unit: Unit, *, eta_c: float | None = 0.5, num_forward_passes: int = 4
+) -> UnitResult:
     outcome = SearchOutcome.CONVERGED if eta_c else SearchOutcome.NO_CROSSING
     now = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
     measurement = Measurement(
@@ -135,7 +137,7 @@ def make_plan_fixture() -> Callable[..., Plan]:
 
 @pytest.fixture(name="make_result")
 def make_result_fixture() -> Callable[..., UnitResult]:
-    return _result
+    return make_result
 
 
 @pytest.fixture
@@ -165,13 +167,13 @@ class Lab:
     ) -> str:
         """Queue a job; `acts` says by unit index what each try does (see fake_rank)."""
         name = uuid.uuid4().hex[:8]
-        template = _result(_unit(0)).model_dump(mode="json")
+        template = make_result(make_unit(0)).model_dump(mode="json")
         plan = _plan(
             num_units,
             device=device,
             journal=str(self.directory / f"{name}.journal"),
             release=str(self.directory / f"{name}.release"),
-            acts={_unit(index).unit_id: value for index, value in (acts or {}).items()},
+            acts={make_unit(index).unit_id: value for index, value in (acts or {}).items()},
             result=template,
             **spec,
         )

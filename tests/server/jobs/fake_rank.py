@@ -4,7 +4,9 @@
 `ok` (default), `hold` (wait until the file `release` is there), `error` (retryable), `fatal`
 (not retryable), `exit` (end without a word), `silent` (never answer), `stubborn` (nor heed
 SIGTERM), `nonsense` (not a result), `pause` (take a moment, for the chaos run).
-Every step is added to `spec["journal"]`, a file that outlives every process.
+Every step is added to `spec["journal"]`, a file that outlives every process. A job that came
+through the HTTP server has no such keys: its labels name the journal and a file with the result,
+and every try is a `pause`.
 
 The result's eta_c is twice the hint (1.0 without one), so the final numbers tell whether hints
 arrived as they should: unit k has eta_c = 2^(k+1), whatever was killed on the way.
@@ -38,6 +40,9 @@ def main() -> None:
         message = json.loads(line)
         if message["type"] == "job":
             spec = message["spec"]
+            if "journal" not in spec:
+                spec |= {"journal": spec["labels"]["journal"], "acts": {}, "act": "pause"}
+                spec["result"] = json.loads(Path(spec["labels"]["template"]).read_text())
         elif message["type"] == "unit":
             if message["next"] is not None:
                 note(Path(spec["journal"]), "next", message["next"]["unit_id"])
@@ -51,7 +56,7 @@ def measure(spec: dict, unit: dict, eta_init: dict | None, send, connection) -> 
     journal = Path(spec["journal"])
     earlier = journal.read_text().splitlines() if journal.exists() else []
     num_tries = sum(line.split()[:2] == ["start", unit_id] for line in earlier)
-    acts = spec.get("acts", {}).get(unit_id, ["ok"])
+    acts = spec.get("acts", {}).get(unit_id, [spec.get("act", "ok")])
     act = acts[min(num_tries, len(acts) - 1)]
     note(journal, "start", unit_id)
     for done in range(3):
