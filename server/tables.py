@@ -145,15 +145,23 @@ def create_tables(engine: sa.Engine) -> str:
     from server import migrations  # alembic is needed for this moment only
 
     with _migration_lock(engine):
+        if queue.is_sqlite(engine):
+            _set_up_file(engine)
         queue.migrate(engine.url.render_as_string(hide_password=False))
         with engine.connect() as connection:
             if queue.is_sqlite(engine):
-                connection.exec_driver_sql("PRAGMA journal_mode=wal")
                 # Python's driver begins no transaction for DDL: a kill half-way must undo it all.
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
             migrations.upgrade(connection)
             connection.commit()
     return migrations.newest_revision()
+
+
+def _set_up_file(engine: sa.Engine) -> None:
+    """What SQLite keeps in the file: the journal's mode; and in a new file that it can shrink."""
+    with engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA auto_vacuum=INCREMENTAL")  # before the first write
+        connection.exec_driver_sql("PRAGMA journal_mode=wal")
 
 
 @contextmanager

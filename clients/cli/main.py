@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from clients.cli import data, doctor, jobs, results, run, sources, up, watch, workers
+from clients.cli import data, doctor, jobs, keys, prune, results, run, sources, up, watch, workers
 from clients.cli.conventions import ProbeGroup, example
 from probe import __version__
 
@@ -53,10 +53,12 @@ up.register(app)
 run.register(app)
 jobs.register(app)
 workers.register(app)
+prune.register(app)
 watch.register(app)
 results.register(app)
 sources.register(app)
 app.add_typer(data.app, name="data")
+app.add_typer(keys.app, name="keys")
 doctor.register(app)
 
 

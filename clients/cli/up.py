@@ -271,15 +271,15 @@ def _supervise(services: list[_Service], environment: dict[str, str]) -> None:
 
 def serve(context: typer.Context) -> None:
     """Run the HTTP server alone; arguments are passed on to it."""
-    _become("server.api", context.args)
+    become("server.api", context.args)
 
 
 def worker(context: typer.Context) -> None:
     """Run one worker alone; arguments are passed on to it."""
-    _become("server.worker", context.args)
+    become("server.worker", context.args)
 
 
-def _become(module: str, arguments: list[str]) -> None:
+def become(module: str, arguments: list[str]) -> None:
     """Replace this process by `python -m module`; signals then reach it directly."""
     sys.stdout.flush()
     command = [sys.executable, "-m", module, *arguments]
