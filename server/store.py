@@ -5,7 +5,7 @@ keeps a second copy. Unit results are keyed (job_id, unit_index): the first one 
 SQLite (WAL) by default, Postgres by the same code.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Unpack
 
@@ -17,6 +17,7 @@ from probe.spec_base import DEFAULT_PRIORITY
 from probe.unit_results import AnyUnitResult, parse_result
 from server import queue, tables, webhooks
 from server.errors import IdempotencyConflictError, StoreNotReadyError
+from server.event_reads import EventReads
 from server.fence import require_owner
 from server.job_ids import new_job_id
 from server.job_reads import JobReads
@@ -27,8 +28,6 @@ from server.store_protocol import Store as Store
 from server.tables import events, job_labels, jobs, unit_results, workers
 from server.wire import TERMINAL, Event, EventType, JobError, JobView, WorkerView
 
-_MAX_SEQ = 2**31 - 1  # what the column holds; Postgres takes no larger number to compare with
-
 
 class SqlStore:
     """The `Store` on SQLite or Postgres. Making one creates what is missing in the database."""
@@ -38,6 +37,7 @@ class SqlStore:
         self._worker_stale_ms = int(worker_stale_s * 1000)
         self._workflows = queue.workflow_status_table(self.engine)
         self._now = tables.now_ms(self.engine)
+        self._event_reads = EventReads(self.engine, self.settle)
         self._reads = JobReads(self.engine, Forecast(self.engine, worker_stale_s))
         try:
             self._revision = tables.create_tables(self.engine)
@@ -285,31 +285,14 @@ class SqlStore:
         view = job_view(found)
         webhooks.queue_delivery(connection, url=url, type=type, view=view, at_ms=at_ms)
 
-    def events_after(self, job_id: str, after: int, limit: int = 1000) -> list[Event]:
-        self.settle(job_id)
-        query = (
-            sa.select(events)
-            .where(events.c.job_id == job_id, events.c.seq > min(after, _MAX_SEQ))
-            .order_by(events.c.seq)
-            .limit(limit)
-        )
-        with self.engine.connect() as connection:
-            rows = connection.execute(query).all()
-        return [Event(id=r.seq, type=r.type, at=time_of(r.at), data=r.data) for r in rows]
+    def events_after(self, job_id: str, after: int, limit: int | None = None) -> list[Event]:
+        return self._event_reads.after(job_id, after, limit)
 
     def notable_events(self, job_id: str, limit: int) -> tuple[list[Event], int]:
-        self.settle(job_id)
-        query = (
-            sa.select(events)
-            .where(events.c.job_id == job_id, events.c.type != "unit.progress")
-            .order_by(events.c.seq.desc())
-            .limit(limit)
-        )
-        with self.engine.connect() as connection:
-            last = connection.scalar(sa.select(jobs.c.num_events).where(jobs.c.id == job_id))
-            rows = connection.execute(query).all()
-        found = [Event(id=r.seq, type=r.type, at=time_of(r.at), data=r.data) for r in rows]
-        return found[::-1], last or 0
+        return self._event_reads.notable(job_id, limit)
+
+    def news(self, known: Mapping[str, int | None]) -> dict[str, tuple[int, list[Event]]]:
+        return self._event_reads.news(known)
 
     def settle(self, job_id: str) -> None:
         """Write a job's closing event if DBOS says that it has ended and none is there.

@@ -1,5 +1,6 @@
 """The `Store` interface: what the HTTP layer and the worker need from the database."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol, TypedDict, Unpack
 
 from probe.result import Plan
@@ -84,8 +85,17 @@ class Store(Protocol):
             JobTakenError: The execution with the token `owner` no longer has the job.
         """
 
-    def events_after(self, job_id: str, after: int, limit: int = 1000) -> list[Event]:
-        """Events with an id above `after`, in order; a finished job's last one is `job.*ed`."""
+    def events_after(self, job_id: str, after: int, limit: int | None = None) -> list[Event]:
+        """Events with an id above `after`, in order; a finished job's last one is `job.*ed`.
+
+        At most `limit` of them, None: a thousand.
+        """
+
+    def news(self, known: Mapping[str, int | None]) -> dict[str, tuple[int, list[Event]]]:
+        """By job the id of its newest event and those after the one known, for streams.
+
+        A job whose last known event is None has none read; one that is not there is left out.
+        """
 
     def notable_events(self, job_id: str, limit: int) -> tuple[list[Event], int]:
         """The last `limit` events that are not progress, in order; and the last id of all."""

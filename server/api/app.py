@@ -1,5 +1,6 @@
 """Put the HTTP server together: guard, routes, errors, metrics, dashboard."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,11 +12,13 @@ from prometheus_client import CollectorRegistry
 from probe import __version__
 from server.api import events, jobs, operations, pages, problems, results
 from server.api.callers import Keyring
+from server.api.event_hub import EventHub
 from server.api.guard import Gate, Guard, check_exposure
 from server.api.openapi import describe
 from server.keys import KeyTable, keys_of_database
 from server.settings import Settings
 from server.store import SqlStore, Store
+from server.webhook_sender import WebhookSender
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ def create_app(
         settings: Address, roots, keys, database.
         store: None: a `SqlStore` on `settings.database_url`, opened here and closed at shutdown.
         heartbeat_s: Longest silence of an event stream.
-        event_poll_s: How often an event stream looks for news; slower while there is none.
+        event_poll_s: How often all event streams together look for news.
 
     Raises:
         ConfigError: The settings would let strangers in.
@@ -42,8 +45,9 @@ def create_app(
     own = None if store is not None else _open_store(settings)
 
     @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        yield
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with _sending_webhooks(app):
+            yield
         if own is not None:
             own.close()
 
@@ -58,21 +62,38 @@ def create_app(
     app.state.settings = settings
     app.state.store = store or own
     app.state.heartbeat_s = heartbeat_s
-    app.state.event_poll_s = event_poll_s
+    app.state.event_hub = EventHub(app.state.store, event_poll_s)
     app.state.metrics = CollectorRegistry()
     app.state.metrics.register(operations.StoreCollector(app.state.store))
     for module in (jobs, events, results, operations, pages):
         app.include_router(module.router)
     problems.install(app)
-    # A store that is none, as of who wants the description only, has no keys.
-    engine = getattr(app.state.store, "engine", None)
-    keyring = Keyring(settings, None if engine is None else KeyTable(engine))
-    keyring.look()
-    app.state.keyring, app.state.gate = keyring, Gate(settings, keyring)
-    app.add_middleware(Guard, settings=settings, gate=app.state.gate, keyring=keyring)
+    keyring = _add_guard(app)
     app.add_middleware(operations.CountRequests, registry=app.state.metrics)
     _describe(app, keyring)
     return app
+
+
+def _add_guard(app: FastAPI) -> Keyring:
+    # A store that is none, as of who wants the description only, has no keys.
+    engine = getattr(app.state.store, "engine", None)
+    settings: Settings = app.state.settings
+    keyring = Keyring(settings, None if engine is None else KeyTable(engine))
+    keyring.look()
+    app.state.gate = Gate(settings, keyring)
+    app.add_middleware(Guard, settings=settings, gate=app.state.gate, keyring=keyring)
+    return keyring
+
+
+@asynccontextmanager
+async def _sending_webhooks(app: FastAPI) -> AsyncIterator[None]:
+    sender = WebhookSender(app.state.store.engine, app.state.settings)
+    sending = asyncio.create_task(sender.run())
+    try:
+        yield
+    finally:
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
 
 
 def _has_keys(settings: Settings, store: Store | None) -> bool:

@@ -1,5 +1,6 @@
 """The event stream: every event once, in order, also across a broken connection."""
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -7,7 +8,11 @@ import time
 
 import httpx
 import pytest
+import sqlalchemy as sa
+from sqlalchemy.exc import OperationalError
 
+from server import event_reads, tables
+from server.api import event_hub
 from tests.server.conftest import database_url  # noqa: F401 (on both databases)
 
 DEADLINE_S = 30
@@ -102,19 +107,103 @@ def test_a_silent_stream_sends_heartbeats(served, submitted):
 
 def test_a_reader_that_leaves_frees_its_stream(served, store, submitted, monkeypatch):
     asked = []
-    real = store.events_after
+    real = store.news
 
     def counted(*args, **kwargs):
         asked.append(time.monotonic())
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(store, "events_after", counted)
-    read(f"{served}/v1/jobs/{submitted}/events", stop_after=1)
-    # Gone once a second passes without a look; while open the slowest pace is one a second.
-    deadline = time.monotonic() + DEADLINE_S
-    while time.monotonic() - asked[-1] < 1.5:
+    monkeypatch.setattr(store, "news", counted)
+    url = f"{served}/v1/jobs/{submitted}/events"
+    with httpx.stream("GET", url, timeout=DEADLINE_S) as response:
+        lines = response.iter_lines()  # held: the stream ends with it
+        deadline = time.monotonic() + DEADLINE_S
+        while len(asked) < 3:
+            next(lines)  # heartbeats
+            assert time.monotonic() < deadline
+    # Gone once a second passes without a look; while open there are fifty.
+    while time.monotonic() - asked[-1] < 1.0:
         assert time.monotonic() < deadline
         threading.Event().wait(0.05)
+
+
+def test_all_streams_share_one_look_and_each_gets_every_event_once(
+    served, store, submitted, end_job, client, spec, monkeypatch
+):
+    other = client.post("/v1/jobs", json=spec).json()["id"]
+    looks = []
+    real = store.news
+
+    def counted(known):
+        looks.append((time.monotonic(), sorted(known)))
+        return real(known)
+
+    monkeypatch.setattr(store, "news", counted)
+    found = {}
+
+    def follow(number, job_id, after):
+        found[number] = [
+            event for event, _ in read(f"{served}/v1/jobs/{job_id}/events", last_event_id=after)
+        ]
+
+    asked = [(job_id, after) for job_id in (submitted, other) for after in range(10)]
+    threads = [threading.Thread(target=follow, args=(n, *what)) for n, what in enumerate(asked)]
+    for thread in threads:
+        thread.start()
+    add_units(store, submitted, 30)
+    add_units(store, other, 30)
+    for job_id in (submitted, other):
+        end_job(job_id)
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    for number, (_, after) in enumerate(asked):
+        assert found[number] == list(range(after + 1, 33))
+    # Not one for each of twenty streams: never two within the pause, and all jobs in one.
+    assert all(later - earlier >= 0.02 for (earlier, _), (later, _) in itertools.pairwise(looks))
+    assert max(len(jobs) for _, jobs in looks) == 2
+
+
+def test_a_stream_that_is_behind_what_is_kept_reads_the_rest_itself(
+    served, store, submitted, end_job, monkeypatch
+):
+    monkeypatch.setattr(event_hub, "_KEPT", 5)
+    monkeypatch.setattr(event_reads, "_LIMIT", 7)
+    url = f"{served}/v1/jobs/{submitted}/events"
+    with httpx.stream("GET", url, timeout=DEADLINE_S) as response:
+        lines = response.iter_lines()
+        numbers = (int(line[4:]) for line in lines if line.startswith("id: "))
+        assert next(numbers) == 1
+        add_units(store, submitted, 40)
+        end_job(submitted)
+        assert list(numbers) == list(range(2, 43))
+
+
+def test_streams_outlive_a_database_that_is_away(served, store, submitted, end_job, monkeypatch):
+    monkeypatch.setattr(event_hub, "_PAUSE_AFTER_ERROR_S", 0.02)
+    real, failed = store.news, threading.Event()
+
+    def fail(known):
+        failed.set()
+        raise OperationalError("select 1", {}, Exception("away"))
+
+    with httpx.stream("GET", f"{served}/v1/jobs/{submitted}/events", timeout=DEADLINE_S) as answer:
+        lines = answer.iter_lines()
+        assert next(lines) == "id: 1"
+        monkeypatch.setattr(store, "news", fail)
+        assert failed.wait(DEADLINE_S)
+        monkeypatch.setattr(store, "news", real)
+        add_units(store, submitted, 1)
+        end_job(submitted)
+        assert [line for line in lines if line.startswith("id: ")] == ["id: 2", "id: 3"]
+
+
+def test_the_stream_of_a_job_that_is_removed_ends(served, store, submitted):
+    with httpx.stream("GET", f"{served}/v1/jobs/{submitted}/events", timeout=DEADLINE_S) as answer:
+        lines = answer.iter_lines()
+        assert next(lines) == "id: 1"
+        with store.engine.begin() as connection:
+            connection.execute(sa.delete(tables.jobs).where(tables.jobs.c.id == submitted))
+        assert not [line for line in lines if line.startswith("id: ")]
 
 
 def test_many_open_streams_do_not_hold_up_other_requests(served, submitted):

@@ -152,7 +152,7 @@ def test_secrets_stay_in_the_log(settings, store, monkeypatch, caplog):
     def fail(*_args, **_kwargs):
         raise RuntimeError("password=hunter2")
 
-    monkeypatch.setattr(store, "list_jobs", fail)
+    monkeypatch.setattr(store, "list_jobs_json", fail)
     client = TestClient(
         create_app(settings, store), "http://127.0.0.1", raise_server_exceptions=False
     )
@@ -174,7 +174,7 @@ def test_a_database_that_is_away_is_503_without_its_address(client, store, monke
         raise error
 
     monkeypatch.setattr(store, "ready", fail)
-    monkeypatch.setattr(store, "get_job", fail)
+    monkeypatch.setattr(store, "get_job_json", fail)
     for path in ("/readyz", "/v1/jobs/job_1"):
         answer = client.get(path)
         assert_problem(answer, 503, "store_not_ready")
