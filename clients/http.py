@@ -73,7 +73,8 @@ class ProbeClient:
         Args:
             base_url: Address of the server; None: env `PROBE_SERVER`, else the local default.
             api_key: Bearer key; None: env `PROBE_API_KEY`, else none is sent.
-            timeout_s: Limit for connecting, and for each wait on the socket; > 0.
+            timeout_s: Limit for connecting, for each wait on the socket, and for all waits of a
+                call that the server limits (429); > 0.
             retries: How often a call is repeated after a broken connection or a 429/502/503/504.
             reconnect_s: How long `events` and `wait` keep trying to reach a server that is gone.
             transport: For tests: `httpx.MockTransport` or an in-process application.
@@ -311,7 +312,7 @@ class ProbeClient:
         for left in reversed(range(tries)):
             pause = 0.2 * 2.0 ** (tries - 1 - left)
             try:
-                response = self._http.request(method, path, **options)
+                response = self._request_at_its_rate(method, path, **options)
             except httpx.ConnectError as error:  # nothing was sent; `wait` and `events` try on
                 raise self._unavailable(error) from error
             except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
@@ -330,6 +331,20 @@ class ProbeClient:
                 pause = retry_after_s(response, otherwise=pause)
             self._sleep(pause)
         raise AssertionError("the last try returns or raises")
+
+    def _request_at_its_rate(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """The answer; where it is 429 (nothing was done) asked again when the server says.
+
+        For as long as the waits fit into `timeout_s`; then 429 is the answer.
+        """
+        begin = self._clock()
+        while True:
+            response = self._http.request(method, path, **options)
+            pause = retry_after_s(response, otherwise=0.0)
+            passed = self._clock() - begin
+            if response.status_code != 429 or not pause or passed + pause > self._timeout_s:
+                return response
+            self._sleep(pause)
 
     def _stream(self, job_id: str, state: StreamState) -> Iterator[Event]:
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}

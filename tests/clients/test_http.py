@@ -161,6 +161,28 @@ def test_retry_after_is_obeyed_and_bounded(fake_server: Any, wire: Any) -> None:
     assert 0 < fake_server.pauses[2] < 5
 
 
+def test_a_limited_call_waits_for_as_long_as_its_time_allows(fake_server: Any, wire: Any) -> None:
+    """429 means that nothing was done: also what is sent once only is sent again."""
+    left = [3]
+
+    def limited(request: httpx.Request) -> httpx.Response:
+        left[0] -= 1
+        if left[0] < 0:
+            return httpx.Response(200, json=wire.job("x"))
+        answer = wire.problem(429, "rate_limited", "later")
+        answer.headers["retry-after"] = "4"
+        return answer
+
+    fake_server.routes["POST", "/v1/jobs/x/cancel"] = limited
+    with fake_server.client(retries=0, timeout_s=12) as client:
+        assert client.cancel("x").id == "x"
+    assert fake_server.pauses == [4.0, 4.0, 4.0]
+    left[0] = 100
+    with fake_server.client(retries=0, timeout_s=12) as client, pytest.raises(OverloadedError):
+        client.cancel("x")
+    assert len(fake_server.requests) == 4 + 4  # at 0, 4, 8 and 12 s
+
+
 def test_bad_input_is_not_repeated(fake_server: Any, wire: Any) -> None:
     fake_server.routes["POST", "/v1/jobs"] = lambda _: wire.problem(422, "config_error", "no")
     with fake_server.client() as client, pytest.raises(BadInputError):
