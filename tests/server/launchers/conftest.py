@@ -76,18 +76,14 @@ class RayLab(jobs.Lab):
         self.cluster = cluster
 
     def submit(
-        self, acts: dict[int, list[str]] | None = None, num_units: int = 3, **parallel: int
+        self,
+        acts: dict[int, list[str]] | None = None,
+        num_units: int = 3,
+        device: str = "cpu",
+        **parallel: int,
     ) -> str:
-        name = uuid.uuid4().hex[:8]
-        plan = jobs._plan(
-            num_units,
-            parallel={"ranks": 2, "nodes": 2} | parallel,
-            journal=str(self.directory / f"{name}.journal"),
-            release=str(self.directory / f"{name}.release"),
-            acts={jobs._unit(index).unit_id: value for index, value in (acts or {}).items()},
-            result=jobs._result(jobs._unit(0)).model_dump(mode="json"),
-        )
-        return self.store.create_job(plan=plan, idempotency_key=None, body_sha256="0")[0].id
+        spread = {"ranks": 2, "nodes": 2} | parallel
+        return super().submit(acts, num_units, device, parallel=spread)
 
     def start_worker(self, name: str = "w", **settings: Any) -> subprocess.Popen[bytes]:
         with_ray = {
@@ -118,6 +114,10 @@ class RayLab(jobs.Lab):
     def agent(self) -> int:
         [agent] = [p for p, line in self.processes().items() if "ray_agent" in line]
         return agent
+
+    def assert_whole(self, job_id: str, starts: list[int]) -> None:
+        super().assert_whole(job_id, starts)
+        self.until_nothing_is_left()
 
     def until_gone(self, pids: set[int]) -> None:
         self.until(lambda: not pids & set(self.processes()), f"{pids} to end")

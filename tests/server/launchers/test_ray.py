@@ -5,28 +5,13 @@ import pytest
 from probe.plan import make_plan
 from probe.result import UnitResult
 from probe.spec_load import parse_spec
-from server.wire import JobView
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-
-# Unit k begins with the hint of unit k - 1 and doubles it, so these are the numbers of an
-# undisturbed run.
-EXPECTED_ETA_C = [2.0, 4.0, 8.0]
 
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-def assert_whole(lab, job_id: str, starts: list[int]) -> JobView:
-    view = lab.until_status(job_id, "succeeded", "failed")
-    assert view.status == "succeeded", view.error
-    results = lab.store.unit_results(job_id)
-    assert [result.measurements[0].eta_c for result in results] == EXPECTED_ETA_C
-    assert lab.journal(job_id, "start") == starts
-    lab.until_nothing_is_left()
-    return view
 
 
 def retries(lab, job_id: str) -> list[str]:
@@ -35,14 +20,15 @@ def retries(lab, job_id: str) -> list[str]:
 
 
 def test_ranks_are_spread_over_the_nodes_and_numbered_as_torchrun_does(ray_lab):
-    job_id = ray_lab.submit(ranks=4)
+    job_id = ray_lab.submit(ranks=4, device="auto")  # GPUs, since the cluster says it has some
     ray_lab.start_worker()
-    assert_whole(ray_lab, job_id, starts=[0, 1, 2])
+    ray_lab.assert_whole(job_id, starts=[0, 1, 2])
     found = [ray_lab.variables_of(job_id, rank) for rank in range(4)]
     assert [v["LOCAL_RANK"] for v in found] == ["0", "1", "0", "1"]
     assert [v["GROUP_RANK"] for v in found] == ["0", "0", "1", "1"]
     assert {(v["WORLD_SIZE"], v["LOCAL_WORLD_SIZE"]) for v in found} == {("4", "2")}
     assert len({(v["MASTER_ADDR"], v["MASTER_PORT"]) for v in found}) == 1
+    assert {v["CUDA_VISIBLE_DEVICES"] for v in found} == {"0,1"}  # of which each takes its own
     assert {v["OMP_NUM_THREADS"] for v in found} == {"1"}
     assert not any("PROBE_DATABASE_URL" in v for v in found)
     log = ray_lab.log(job_id).splitlines()
@@ -59,7 +45,7 @@ def test_kill_9_of_a_rank_of_an_actor_and_of_the_agent(ray_lab):
         gang = {ray_lab.pid_of(0), ray_lab.pid_of(1), ray_lab.agent()}
         ray_lab.kill(victim())
         ray_lab.until_gone(gang)
-    assert_whole(ray_lab, job_id, starts=[0, 0, 1, 1, 2, 2])
+    ray_lab.assert_whole(job_id, starts=[0, 0, 1, 1, 2, 2])
     of_rank, of_actor, of_agent = retries(ray_lab, job_id)
     assert "rank 1 on node 1, " in of_rank
     assert "was killed by signal 9" in of_rank
@@ -75,7 +61,7 @@ def test_kill_9_of_the_worker(ray_lab):
     ray_lab.kill(worker.pid)
     ray_lab.until_nothing_is_left()
     ray_lab.start_worker()
-    assert_whole(ray_lab, job_id, starts=[0, 1, 1, 2])
+    ray_lab.assert_whole(job_id, starts=[0, 1, 1, 2])
 
 
 def test_a_cancelled_job_leaves_nothing(ray_lab):
@@ -85,7 +71,7 @@ def test_a_cancelled_job_leaves_nothing(ray_lab):
     assert ray_lab.store.cancel_job(job_id).status == "cancelled"
     ray_lab.until_nothing_is_left()
     following = ray_lab.submit()  # needs both nodes
-    assert_whole(ray_lab, following, starts=[0, 1, 2])
+    ray_lab.assert_whole(following, starts=[0, 1, 2])
 
 
 def test_more_nodes_than_there_are_is_an_error_that_names_both(ray_lab):
@@ -113,6 +99,7 @@ def measured(lab, raw, **settings) -> list[UnitResult]:
 
 def test_two_nodes_measure_what_two_ranks_of_one_machine_do_bit_for_bit(ray_lab, series_spec):
     series_spec["checkpoints"]["last_step"] = 1
+    series_spec["model"] = {"device": "cpu"}
     on_two_nodes = measured(ray_lab, series_spec | {"parallel": {"ranks": 2, "nodes": 2}})
     on_one = measured(ray_lab, series_spec | {"parallel": {"ranks": 2}}, launcher="local")
     assert len(on_one) == 1
