@@ -103,7 +103,12 @@ def test_compose_knows_what_it_is_told(page: str, line: str) -> None:
     help_text = subprocess.run(
         [program("docker-compose"), name, "--help"], capture_output=True, text=True, check=True
     ).stdout
-    own = words[: words.index("postgres")] if name == "exec" else words
+    # after the service's name come the words of a command inside its container
+    own = (
+        words[: 1 + next(i for i, w in enumerate(words) if w[0] != "-")]
+        if name == "exec"
+        else words
+    )
     for option in (word.split("=")[0] for word in own if word.startswith("-")):
         assert re.search(rf"{option}\b", help_text), f"{page}: {name} has no {option}"
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]

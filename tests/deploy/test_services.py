@@ -3,15 +3,18 @@
 import re
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import yaml
 
-from tests.deploy.direct import ADMIN_KEY, PASSWORD, Services
+from tests.deploy.direct import ADMIN_KEY, DEADLINE_S, PASSWORD, Services
 from tests.server.postgres import missing
 
 pytestmark = [pytest.mark.postgres, pytest.mark.slow]
+ROOT = Path(__file__).resolve().parents[2]
 WORKERS = ("cpu-worker", "gpu-worker")
 
 
@@ -122,6 +125,27 @@ def test_a_job_goes_through_the_worker_of_its_queue(
     assert running.until("cpu-worker", ended)["status"] == "succeeded"
     (result,) = client.get(f"/v1/jobs/{job['id']}/results").json()["data"]
     assert result["runs"][0]["tasks"][0]["outcome"] == "finished"
+
+
+def test_prometheus_gets_a_key_of_its_own_that_may_read(
+    client: httpx.Client, running: Services, continual_spec: dict[str, Any]
+) -> None:
+    file = running.directory / "metrics-key" / "key"
+    keys = []
+    for _ in range(2):  # the second time it finds its work done
+        assert running.start("metrics-key").wait(DEADLINE_S) == 0, running.log(
+            "metrics-key"
+        ).read_text()
+        keys.append(file.read_text())
+    assert keys[0] == keys[1]
+    assert file.stat().st_mode & 0o004  # Prometheus is another user
+    config = yaml.safe_load((ROOT / "deploy" / "prometheus.yml").read_text())
+    scrape = config["scrape_configs"][0]
+    assert running.here(scrape["authorization"]["credentials_file"], "prometheus") == str(file)
+    # Prometheus drops the white space at the end of the file
+    client.headers["Authorization"] = f"{scrape['authorization']['type']} {keys[0].strip()}"
+    assert "\nprobe_jobs{" in client.get("/metrics").raise_for_status().text
+    assert client.post("/v1/jobs", json=continual_spec).status_code == 403
 
 
 def test_services_stop_when_asked_and_say_so(running: Services) -> None:
