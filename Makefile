@@ -29,7 +29,7 @@ check: $(READY)  ## format, lint, types, generated pages
 	$(BIN)/python -m docs.make_cli_page --check
 	$(BIN)/python -m docs.make_jobs_page --check
 
-chaos: $(READY)  ## kill -9 of workers, ranks and servers at random; counts lost and duplicated units
+chaos: $(READY)  ## kill -9 of workers, ranks, server and connections at random, on SQLite and Postgres
 	$(BIN)/python -m tests.server.jobs.chaos --jobs 40
 
 bench: $(READY)  ## quick run of every benchmark: ours beside the baseline, as ratios

@@ -43,3 +43,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         url: str = request.getfixturevalue("postgres_url")
         return url
     return f"sqlite:///{tmp_path / 'data' / 'probe.db'}"
+
+
+# For a test that is not about the database, and slow.
+on_sqlite_only = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

@@ -46,8 +46,11 @@ LONGEST_RUN_S = 900.0
 class Chaos:
     """One run: a laboratory, what is killed in it, and what came of it."""
 
-    def __init__(self, lab: Lab, seed: int, postgres: Postgres | None = None) -> None:
+    def __init__(
+        self, lab: Lab, seed: int, postgres: Postgres | None = None, pause_s: float = 1.0
+    ) -> None:
         self.lab = lab
+        self._pause_s = pause_s
         self.kills: Counter[str] = Counter()
         self._chance = random.Random(seed)
         self._postgres = postgres
@@ -131,6 +134,7 @@ class Chaos:
         labels = {
             "journal": str(self.lab.directory / f"{number}.journal"),
             "template": str(self.lab.directory / "template.json"),
+            "pause_s": str(self._pause_s),
         }
         address = f"http://127.0.0.1:{self._port}"
         with ProbeClient(address, reconnect_s=LONGEST_RUN_S) as client:
@@ -151,9 +155,15 @@ class Chaos:
             time.sleep(self._chance.uniform(0.1, 1.5))
             self._start_what_is_due()
             self._kill_something()
-            for name, worker in self._workers.items():
-                if worker.poll() == 1:  # it lost its name, or found it taken
-                    self._start_worker(name)
+            self._supervise()
+
+    def _supervise(self) -> None:
+        """Start again what ended by itself: a name was lost or taken, a start met no database."""
+        for name, worker in list(self._workers.items()):
+            if worker.poll() == 1:
+                self._start_worker(name)
+        if (self._server.poll() or 0) > 0:
+            self._start_server()
 
     def _start_what_is_due(self) -> None:
         now = time.monotonic()

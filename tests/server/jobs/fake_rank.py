@@ -63,7 +63,7 @@ def measure(spec: dict, unit: dict, eta_init: dict | None, send, connection) -> 
         data = {"phase": "search", "done": done, "total": 3, "num_forward_passes": done}
         send({"type": "progress", "unit_id": unit_id, "data": data})
     if act == "pause":
-        time.sleep(0.2)
+        time.sleep(float(spec.get("labels", {}).get("pause_s", 0.2)))
     elif act == "hold":
         wait_for_release(Path(spec["release"]), connection)
     elif act in ("error", "fatal"):

@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+from tests.server.conftest import on_sqlite_only
+
 
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_kill_9_of_the_worker_while_it_measures(lab, index):
@@ -78,6 +80,19 @@ def test_kill_9_of_the_rank(lab):
     assert "killed by signal 9" in retrying[0].data["message"]
 
 
+def test_a_rank_that_is_stopped_is_ended_and_its_unit_tried_again(lab):
+    job_id = lab.submit({1: ["hold", "ok"]})
+    lab.start_worker(unit_no_progress_s=1)
+    lab.until_started(job_id, 1)
+    rank = lab.rank_pid(job_id)
+    lab.freeze(rank)
+    lab.assert_whole(job_id, starts=[0, 1, 1, 2])
+    retrying = [e for e in lab.store.events_after(job_id, 0) if e.type == "unit.retrying"]
+    assert [event.data["code"] for event in retrying] == ["unit_stalled"]
+    assert rank not in lab.processes()
+
+
+@on_sqlite_only
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["worker", "rank", "agent"])
 def test_kill_9_with_a_true_torchrun_between(lab, victim):

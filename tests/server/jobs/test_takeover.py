@@ -77,8 +77,8 @@ def test_a_worker_of_other_queues_puts_a_dead_ones_job_back(lab):
     lab.assert_whole(job_id, starts=[0, 0, 1, 2])
 
 
-def test_a_worker_that_was_stopped_for_longer_than_its_lease_does_no_harm(lab):
-    """Pitfall 8 too: the ranks of the worker that slept are gone when it wakes up."""
+def test_pitfall_8_a_worker_stopped_for_longer_than_its_lease_does_no_harm(lab):
+    """Its ranks are gone soon after it wakes up, and nothing they say is written."""
     job_id = lab.submit({1: ["hold"]}, num_units=3)
     first = lab.start_worker("first", machine="-a", **SHORT)
     lab.until_started(job_id, 1)

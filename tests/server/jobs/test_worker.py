@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from server.worker.processes import marked_processes
+from tests.server.conftest import on_sqlite_only
 
 # Unit k of the fake rank has eta_c = 2 * (hint from unit k - 1), the first one 2 * 1.0.
 EXPECTED_ETA_C = [2.0, 4.0, 8.0]
@@ -55,6 +56,7 @@ def test_what_can_help_is_tried_again_and_the_numbers_stay_the_same(lab):
     assert types[-1] == "job.failed"
 
 
+@on_sqlite_only
 def test_a_unit_that_keeps_failing_fails_the_job_with_its_error_and_the_logs_end(lab):
     job_id = lab.submit({1: ["error", "exit", "exit"]})
     lab.start_worker()
@@ -87,6 +89,7 @@ def test_a_silent_rank_is_ended_and_its_unit_tried_again(lab):
     assert eta_c(lab, job_id) == EXPECTED_ETA_C
 
 
+@on_sqlite_only
 def test_a_gang_that_cannot_start_fails_the_job_with_a_reason(lab):
     job_id = lab.submit()
     lab.start_worker(rank_command='["/nowhere/rank"]')
