@@ -11,11 +11,12 @@ import sqlalchemy as sa
 from dbos import DBOS
 
 from server import queue, tables
-from server.errors import JobTakenError, WorkerNameTakenError
+from server.errors import JobTakenError, WorkerNameTakenError, WorkerStuckError
 from server.store import SqlStore
 from server.tables import workers
 from server.wire import JobError, WorkerView
 from server.worker import heartbeat as heartbeat_module
+from server.worker import main as main_module
 from server.worker import orphans
 from server.worker.heartbeat import Heartbeat, Steadiness
 from server.worker.lease import Lease
@@ -347,3 +348,13 @@ def test_a_job_that_is_about_to_begin_is_not_stuck(beating):
     clock[0] += 1
     heartbeat.beat()
     assert stuck == []
+
+
+def test_a_worker_starts_itself_again_three_times_an_hour_at_most(monkeypatch):
+    monkeypatch.setattr(main_module.time, "time", lambda: 10_000.0)
+    first = main_module._counted("", ["job_a"])
+    assert first == "1:10000"
+    assert main_module._counted("2:7000", ["job_a"]) == "3:7000"
+    with pytest.raises(WorkerStuckError, match=r"job_a, job_b.*3 starts within an hour"):
+        main_module._counted("3:6500", ["job_a", "job_b"])
+    assert main_module._counted("3:6300", ["job_a"]) == first  # long ago
