@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from probe.errors import ConfigError, ProbeError
 from probe.failures import known_failure
+from probe.json_log import JOB_ID, JsonFormatter, log_as_json, log_fields
 from probe.kinds import JobSpec
 from probe.parallel.join import (
     has_joined,
@@ -155,12 +156,13 @@ class Measurer:
             if self._session is None:
                 raise ConfigError("a unit came before its job was accepted")
             unit = Unit.model_validate(raw)
-            with lost_contact_explained():
+            with lost_contact_explained(), log_fields(unit_id=unit_id):
                 result = self._session.measure(unit, eta_init=eta_init, on_progress=on_progress)
         except (BrokenPipeError, ConnectionError):
             raise  # nobody is listening any more
         except Exception as error:
-            _log.exception("unit %s failed", unit_id, extra={"event": "unit.failed"})
+            about = {"event": "unit.failed", "unit_id": unit_id}
+            _log.exception("unit %s failed", unit_id, extra=about)
             self._send(error_event(error, unit_id))
             return None
         event = {"type": "result", "unit_id": unit_id, "result": result.model_dump(mode="json")}
@@ -316,12 +318,24 @@ def main(arguments: list[str] | None = None) -> int:
         help="longest wait for other ranks in one exchange (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
+    _set_up_logging()
     die_with_parent(os.getppid())
     try:
         return _run(options)
     except KeyboardInterrupt:
         return 130  # as a shell reports it; whoever watches has no use for a traceback
+
+
+def _set_up_logging() -> None:
+    """As the worker logs; its settings are in the environment."""
+    if os.environ.get("PROBE_LOG_FORMAT") != "json":
+        form = "%(levelname)s %(message)s"
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=form)
+        return
+    fields: dict[str, Any] = {"rank": int(os.environ.get("RANK", "0"))}
+    if JOB_ID in os.environ:
+        fields["job_id"] = os.environ[JOB_ID]
+    log_as_json(JsonFormatter(**fields))
 
 
 def _run(options: argparse.Namespace) -> int:

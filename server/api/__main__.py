@@ -2,14 +2,13 @@
 
 import argparse
 import importlib.util
-import logging
 import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from probe.errors import ConfigError
 from server.api.check import what_is_wrong
-from server.redaction import protect_output, redact
+from server.redaction import redact
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -47,11 +46,9 @@ def main() -> int:
 def _prepare(settings: Settings) -> "FastAPI":
     # here, because a health check runs every few seconds and needs none of it
     from server.api.app import create_app
+    from server.log_format import set_up_logging
 
-    logging.basicConfig(
-        level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
-    protect_output(settings)
+    set_up_logging(settings)
     return create_app(settings)
 
 

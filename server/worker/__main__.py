@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from probe.errors import ProbeError
-from server.redaction import protect_output, redact
+from server.log_format import set_up_logging
+from server.redaction import redact
 from server.settings import Settings
 from server.worker.check import what_is_wrong
 from server.worker.main import run_worker
@@ -59,12 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if check_only:
         return _check(settings)
-    logging.basicConfig(
-        level=settings.log_level,
-        format="%(asctime)s %(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
-    protect_output(settings)
+    set_up_logging(settings, worker=settings.worker_name)
     try:
         run_worker(settings)
     except ProbeError as error:

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from probe.errors import ConfigError, ParallelismError, UnitCrashedError
 from probe.failures import known_failure
+from probe.json_log import JOB_ID
 from probe.result import Unit
 from probe.unit_results import AnyUnitResult, parse_result
 from server.launchers import GangShape, Launcher, LocalLauncher
@@ -146,7 +147,8 @@ class Gang:
                 start_new_session=True,
                 env=environment
                 | dict(launch.environment)
-                | {MARK: self._mark, "PYTHONUNBUFFERED": "1"},
+                # The log is named after the job.
+                | {MARK: self._mark, JOB_ID: self._log_path.stem, "PYTHONUNBUFFERED": "1"},
             )
         self._exited = asyncio.create_task(self._agent.wait())
 
