@@ -54,6 +54,7 @@ ENV PATH=/opt/probe/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PROBE_DATA_DIR=/var/lib/probe \
+    PROBE_CACHE_DIR=/var/cache/probe \
     PROBE_ROOTS=/checkpoints \
     HOME=/var/cache/probe \
     HF_HOME=/var/cache/probe/huggingface \

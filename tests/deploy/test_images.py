@@ -45,7 +45,7 @@ def test_an_image_keeps_data_and_cache_in_volumes(target: str) -> None:
     assert set(re.findall(r'"([^"]+)"', dockerfile.image(target).last("VOLUME") or "")) == volumes
     environment = dockerfile.environment(target)
     assert environment["PYTHONUNBUFFERED"] == "1"
-    for name in ("PROBE_DATA_DIR", "HF_HOME", "HOME"):
+    for name in ("PROBE_DATA_DIR", "PROBE_CACHE_DIR", "HF_HOME", "HOME"):
         assert any(Path(environment[name]).is_relative_to(volume) for volume in volumes)
 
 

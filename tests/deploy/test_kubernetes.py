@@ -9,9 +9,10 @@ import pytest
 import yaml
 from fastapi.routing import APIRoute
 
+from probe.disk_cache import HUB_LIMIT, LIMIT, parse_size
 from server.api import operations
 from server.settings import Settings
-from tests.deploy import dockerfile
+from tests.deploy import dockerfile, names
 from tests.deploy.programs import program
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes"
@@ -142,8 +143,7 @@ def test_settings_are_valid_and_called_as_the_program_calls_them(
 ) -> None:
     target = "server" if name == "probe-server" else "worker"
     given = dockerfile.environment(target) | environment(name)
-    known = {f"PROBE_{field.upper()}" for field in Settings.model_fields}
-    assert {key for key in given if key.startswith("PROBE_")} <= known
+    assert not names.unknown(set(given))
     for key, value in given.items():
         monkeypatch.setenv(key, value)
     settings = Settings()
@@ -219,3 +219,13 @@ def test_queues_and_gpus_go_together() -> None:
         has_gpu = "nvidia.com/gpu" in container["resources"]["limits"]
         assert has_gpu == (environment(name)["PROBE_QUEUES"] == "gpu")
         assert "memory" in container["resources"]["limits"]
+
+
+@pytest.mark.parametrize("name", named("StatefulSet"))
+def test_downloads_fit_their_volume(name: str) -> None:
+    claims = {
+        c["metadata"]["name"]: c["spec"] for c in WORKLOADS[name]["spec"]["volumeClaimTemplates"]
+    }
+    room = parse_size(claims["cache"]["resources"]["requests"]["storage"])
+    limits = [parse_size(environment(name)[which]) for which in (LIMIT, HUB_LIMIT)]
+    assert 0.5 * room < sum(limits) < room
