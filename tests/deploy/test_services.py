@@ -1,5 +1,6 @@
 """Every service of docker-compose.yml, run directly against a real Postgres over TCP."""
 
+import json
 import re
 import signal
 from collections.abc import Iterator
@@ -146,6 +147,13 @@ def test_prometheus_gets_a_key_of_its_own_that_may_read(
     client.headers["Authorization"] = f"{scrape['authorization']['type']} {keys[0].strip()}"
     assert "\nprobe_jobs{" in client.get("/metrics").raise_for_status().text
     assert client.post("/v1/jobs", json=continual_spec).status_code == 403
+
+
+@pytest.mark.parametrize("name", ["server", *WORKERS])
+def test_logs_are_one_json_object_per_line(running: Services, name: str) -> None:
+    lines = running.log(name).read_text().splitlines()
+    assert lines
+    assert all(isinstance(json.loads(line), dict) for line in lines)
 
 
 def test_services_stop_when_asked_and_say_so(running: Services) -> None:
