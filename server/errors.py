@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 from probe.errors import ProbeError
+from server.wire import Readiness
 
 
 class IdempotencyConflictError(ProbeError):
@@ -18,6 +19,37 @@ class StoreNotReadyError(ProbeError):
     code = "store_not_ready"
     retryable = True
     http_status: ClassVar[int] = 503
+
+    def __init__(self, message: str, state: Readiness | None = None) -> None:
+        """`state`: what does not hold, where it was looked at."""
+        super().__init__(message)
+        self.state = state
+
+
+class InvalidExportError(ProbeError):
+    """What is to be imported is no export of a job, or does not fit together."""
+
+    code = "export_invalid"
+    http_status: ClassVar[int] = 422
+
+
+class ExportHashError(InvalidExportError):
+    """A file of an export is not the one its manifest lists."""
+
+    code = "export_hash_mismatch"
+
+
+class ExportIncompleteError(InvalidExportError):
+    """An export of a job that had not ended."""
+
+    code = "export_incomplete"
+
+
+class JobExistsError(ProbeError):
+    """A job of that id is here, with other contents."""
+
+    code = "job_exists"
+    http_status: ClassVar[int] = 409
 
 
 class StoreVersionError(ProbeError):

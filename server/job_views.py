@@ -1,6 +1,7 @@
 """How rows become what is sent: the query behind every `JobView`, and the view of one row."""
 
 import datetime as dt
+from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -69,7 +70,9 @@ def finished_data(result: AnyUnitResult) -> dict[str, Any]:
         "index": result.unit.index,
         "step": None if result.unit.checkpoint is None else result.unit.checkpoint.step,
         "num_forward_passes": result.num_forward_passes,
+        "num_tokens": result.num_forward_passes * _tokens_per_pass(result.spec),
         "duration_s": result.duration_s,
+        "memory_bytes": result.memory_bytes,
     }
     if isinstance(result, MixUnitResult):
         return common | {"scan": summarise_unit(result).model_dump(mode="json")}
@@ -81,6 +84,14 @@ def finished_data(result: AnyUnitResult) -> dict[str, Any]:
         "stability_threshold": result.stability_threshold,
         "summaries": [summary.model_dump(mode="json") for summary in result.summaries],
     }
+
+
+def _tokens_per_pass(spec: Mapping[str, Any]) -> int:
+    """Of the largest batch a loss is taken on, as a plan counts them; 0 where there is no text."""
+    batches = spec.get("batches") or {}
+    sizes = [batches.get(name) or 0 for name in ("batch_sequences", "held_out_sequences")]
+    sizes += [task.get("sequences") or 0 for task in spec.get("eval_tasks") or ()]
+    return max(sizes) * int(batches.get("sequence_length") or 0)
 
 
 def _job_error(row: Any) -> JobError | None:

@@ -10,23 +10,25 @@ from contextlib import contextmanager
 from typing import Any, Unpack
 
 import sqlalchemy as sa
-from sqlalchemy.exc import SQLAlchemyError
+from prometheus_client import CollectorRegistry
 
 from probe.result import Plan
 from probe.spec_base import DEFAULT_PRIORITY
 from probe.unit_results import AnyUnitResult, parse_result
 from server import queue, tables, webhooks
-from server.errors import IdempotencyConflictError, StoreNotReadyError
+from server.errors import IdempotencyConflictError
 from server.event_reads import EventReads
 from server.fence import require_owner
 from server.job_ids import new_job_id
 from server.job_reads import JobReads
 from server.job_views import UNIT_TOTALS, finished_data, job_view, job_views, time_of
+from server.metrics import ServiceMetrics
 from server.queue_position import Forecast
+from server.readiness import look
 from server.store_protocol import JobFilters, JobOrigin
 from server.store_protocol import Store as Store
 from server.tables import events, job_labels, jobs, unit_results, workers
-from server.wire import TERMINAL, Event, EventType, JobError, JobView, WorkerView
+from server.wire import TERMINAL, Event, EventType, JobError, JobView, Readiness, WorkerView
 
 
 class SqlStore:
@@ -347,16 +349,10 @@ class SqlStore:
             for row in rows
         ]
 
-    def ready(self) -> None:
-        try:
-            with self.engine.connect() as connection:
-                connection.execute(sa.select(jobs.c.id).limit(1)).first()
-                connection.execute(sa.select(self._workflows.c.status).limit(1)).first()
-                found = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
-        except SQLAlchemyError as error:
-            raise StoreNotReadyError(f"the database does not answer: {error}") from error
-        if found != self._revision:
-            raise StoreNotReadyError(
-                f"the database has schema revision {found}, this program needs {self._revision}: "
-                "restart it, or install the release that changed the database"
-            )
+    def feed_metrics(self, registry: CollectorRegistry) -> None:
+        """Have the registry tell of the whole service; what is counted is counted from now on."""
+        stale_s = self._worker_stale_ms / 1000
+        ServiceMetrics(registry, self.engine, self._reads, stale_s)
+
+    def ready(self) -> Readiness:
+        return look(self.engine, self._revision)

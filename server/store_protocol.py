@@ -5,7 +5,7 @@ from typing import Any, Protocol, TypedDict, Unpack
 
 from probe.result import Plan
 from probe.unit_results import AnyUnitResult
-from server.wire import Event, EventType, JobView, WorkerView
+from server.wire import Event, EventType, JobView, Readiness, WorkerView
 
 
 class JobFilters(TypedDict, total=False):
@@ -102,5 +102,5 @@ class Store(Protocol):
 
     def list_workers(self) -> list[WorkerView]: ...
 
-    def ready(self) -> None:
-        """Raise when the database does not answer or its tables are not there."""
+    def ready(self) -> Readiness:
+        """The database's state; raises when it does not answer or its tables are not there."""

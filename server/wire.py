@@ -2,19 +2,26 @@
 
 import datetime as dt
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from probe.continual_summary import summarise_continual
 from probe.mix_summary import summarise_scans
-from probe.result import CheckpointRef
+from probe.result import CheckpointRef, Plan
 from probe.result_continual import ContinualUnitResult
 from probe.result_curves import ContinualSummary
 from probe.result_mix import MixScan, MixUnitResult
 from probe.result_train import MixTrainUnitResult, TrainTable
 from probe.train_summary import summarise_training
 from probe.unit_results import AnyUnitResult
+
+# What an import reads; the other files of an export are made from these.
+IMPORTED_FILES = ("job.json", "results.json", "events.jsonl")
+MANIFEST = "manifest.json"
+ARCHIVE_TYPE = "application/x-tar"
+JobId = Annotated[str, Field(pattern=r"^job_[0-9a-z]{26}$")]
+ExportedName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,60}(\.[a-z0-9-]{1,20}){1,2}$")]
 
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 TERMINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
@@ -171,6 +178,15 @@ class CheckpointList(_Wire):
     data: list[CheckpointRef]
 
 
+class GpuView(_Wire):
+    """Memory of one GPU of a worker's machine, whoever uses it."""
+
+    index: int
+    name: str
+    memory_used_bytes: int
+    memory_total_bytes: int
+
+
 class WorkerView(_Wire):
     """A worker process that has reported to this database."""
 
@@ -186,6 +202,9 @@ class WorkerView(_Wire):
     last_heartbeat: dt.datetime
     alive: bool
     current_job_ids: list[str] = Field(default_factory=list)
+    gpus: list[GpuView] = Field(
+        default_factory=list, description="As nvidia-smi says; empty where there is none."
+    )
 
 
 class WorkerList(_Wire):
@@ -193,3 +212,57 @@ class WorkerList(_Wire):
 
     object: Literal["list"] = "list"
     data: list[WorkerView]
+
+
+class ExportedJob(_Wire):
+    """`job.json` of an exported job: everything about it but results and events."""
+
+    view: JobView
+    plan: Plan
+
+
+class ExportedFile(_Wire):
+    """One file of an exported job."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    num_bytes: int = Field(ge=0)
+
+
+class ExportManifest(_Wire):
+    """`manifest.json` of an exported job."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    object: Literal["sharpness-probe export"] = "sharpness-probe export"
+    format_version: Literal[1] = 1
+    job_id: JobId
+    complete: bool = Field(description="False: the job had not ended; it cannot be imported.")
+    exported_at: dt.datetime
+    program_version: str = Field(max_length=100)
+    files: dict[ExportedName, ExportedFile] = Field(max_length=100)
+
+
+class DatabaseState(_Wire):
+    """Whether the database answers."""
+
+    ok: bool
+    dialect: str = Field(description="sqlite or postgresql.")
+    latency_ms: float | None = Field(None, description="Of the three reads that readiness takes.")
+
+
+class MigrationState(_Wire):
+    """Whether the database has the tables this program needs."""
+
+    ok: bool
+    found: str | None = Field(None, description="The database's schema revision, where known.")
+    needed: str
+
+
+class Readiness(_Wire):
+    """Whether jobs can be taken, and what stands in the way."""
+
+    status: Literal["ok", "not_ready"]
+    database: DatabaseState
+    migrations: MigrationState

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from probe import __version__
-from server.api import events, jobs, operations, pages, problems, results
+from server.api import events, jobs, operations, pages, problems, results, transfer
 from server.api.callers import Keyring
 from server.api.event_hub import EventHub
 from server.api.guard import Gate, Guard, check_exposure
@@ -64,12 +64,13 @@ def create_app(
     app.state.heartbeat_s = heartbeat_s
     app.state.event_hub = EventHub(app.state.store, event_poll_s)
     app.state.metrics = CollectorRegistry()
-    app.state.metrics.register(operations.StoreCollector(app.state.store))
-    for module in (jobs, events, results, operations, pages):
+    for module in (jobs, events, results, transfer, operations, pages):
         app.include_router(module.router)
     problems.install(app)
     keyring = _add_guard(app)
     app.add_middleware(operations.CountRequests, registry=app.state.metrics)
+    if isinstance(app.state.store, SqlStore):
+        app.state.store.feed_metrics(app.state.metrics)
     _describe(app, keyring)
     return app
 

@@ -1,18 +1,23 @@
 """Routes for those who run the server: health, metrics, workers."""
 
-from collections.abc import Iterable
+import time
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    generate_latest,
+)
 from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.context import StoreDep, known_query
-from server.api.problems import responses
-from server.store import Store
-from server.wire import WorkerList
+from server.api.problems import responses, with_members
+from server.errors import StoreNotReadyError
+from server.wire import Readiness, WorkerList
 
 router = APIRouter(dependencies=[Depends(known_query)], tags=["operations"])
 
@@ -29,11 +34,18 @@ async def health() -> Health:
     return Health()
 
 
-@router.get("/readyz", response_model=Health, responses=responses(422, 503))
-def readiness(store: StoreDep) -> Health:
-    """Whether jobs can be taken: the database answers."""
-    store.ready()
-    return Health()
+@router.get("/readyz", response_model=Readiness, responses=responses(422, 503))
+def readiness(store: StoreDep) -> Readiness | Response:
+    """Whether jobs can be taken: the database answers, with the tables this program needs.
+
+    The problem of a 503 has the members `database` and `migrations` too, where they are known.
+    """
+    try:
+        return store.ready()
+    except StoreNotReadyError as error:
+        if error.state is None:
+            raise
+        return with_members(error, error.state.model_dump(mode="json", exclude={"status"}))
 
 
 @router.get("/v1/workers", response_model=WorkerList, responses=responses(422, 503))
@@ -51,37 +63,23 @@ def list_workers(store: StoreDep) -> WorkerList:
     },
 )
 def metrics(request: Request) -> Response:
-    """Jobs by state, workers alive, HTTP requests; for Prometheus."""
+    """Jobs, units, failures, workers, GPU memory, requests; for Prometheus."""
     return Response(generate_latest(request.app.state.metrics), media_type=CONTENT_TYPE_LATEST)
 
 
-class StoreCollector:
-    """Reads the store when it is scraped, so that the numbers are those of the database."""
-
-    def __init__(self, store: Store) -> None:
-        """Collect from `store`."""
-        self._store = store
-
-    def describe(self) -> Iterable[GaugeMetricFamily]:
-        """Nothing: registering must not read the database."""
-        return ()
-
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        """The metrics, read now."""
-        jobs = GaugeMetricFamily("probe_jobs", "Jobs by state", labels=["status"])
-        for status, number in self._store.count_jobs().items():
-            jobs.add_metric([status], number)
-        yield jobs
-        alive = sum(worker.alive for worker in self._store.list_workers())
-        yield GaugeMetricFamily("probe_workers_alive", "Workers with a fresh heartbeat", alive)
-
-
 class CountRequests:
-    """Counts answers by method, route and status."""
+    """Counts answers by method, route and status, and times them to their beginning."""
 
     def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
-        """Wrap `app`; the counter goes to `registry`."""
+        """Wrap `app`; the metrics go to `registry`."""
         self.app = app
+        self._seconds = Histogram(
+            "probe_http_request_seconds",
+            "From a request's arrival to the beginning of its answer; a stream goes on after that",
+            ["method", "route"],
+            buckets=_BUCKETS,
+            registry=registry,
+        )
         self._requests = Counter(
             "probe_http_requests",
             "HTTP requests answered",
@@ -95,15 +93,19 @@ class CountRequests:
             await self.app(scope, receive, send)
             return
 
+        begin = time.perf_counter()
+
         async def counting_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 # The route's pattern, never the path: ids would make endless series.
                 route = getattr(scope.get("route"), "path", "(none)")
                 method = scope["method"] if scope["method"] in _METHODS else "(other)"
                 self._requests.labels(method, route, str(message["status"])).inc()
+                self._seconds.labels(method, route).observe(time.perf_counter() - begin)
             await send(message)
 
         await self.app(scope, receive, counting_send)
 
 
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

@@ -1,6 +1,7 @@
 """Every error as RFC 9457 problem+json with a stable `code`, and never with a secret in it."""
 
 import http
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +20,12 @@ from probe.errors import (
     ProbeError,
 )
 from probe.spec_load import SpecError
-from server.errors import IdempotencyConflictError, StoreNotReadyError
+from server.errors import (
+    IdempotencyConflictError,
+    InvalidExportError,
+    JobExistsError,
+    StoreNotReadyError,
+)
 from server.redaction import redact
 from server.wire import FieldProblem, Problem
 
@@ -39,6 +45,8 @@ _HTTP_CODES = {
 # The first match counts, so a subclass stands before its base.
 _PROBE_STATUS: tuple[tuple[type[ProbeError], int], ...] = (
     (IdempotencyConflictError, 422),
+    (InvalidExportError, 422),
+    (JobExistsError, 409),
     (StoreNotReadyError, 503),
     (CheckpointUnavailableError, 503),
     (CheckpointError, 422),
@@ -165,6 +173,14 @@ def database_problem(error: Exception) -> ProblemError:
         "the database does not answer now; the request can be repeated",
         headers={"Retry-After": _RETRY_AFTER_S},
     )
+
+
+def with_members(error: StoreNotReadyError, members: Mapping[str, Any]) -> JSONResponse:
+    """The problem of a database that is not ready, with more members than problems have."""
+    problem = database_problem(error).response()
+    content = json.loads(bytes(problem.body)) | dict(members)
+    headers = {"Retry-After": _RETRY_AFTER_S}
+    return JSONResponse(content, problem.status_code, headers, media_type=MEDIA_TYPE)
 
 
 async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:

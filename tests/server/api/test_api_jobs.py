@@ -139,11 +139,11 @@ def test_an_id_no_job_can_have_does_not_reach_the_database(client, store, monkey
 
 
 def test_workers_health_and_metrics(client, spec, submitted):
-    assert client.get("/healthz").json() == client.get("/readyz").json() == {"status": "ok"}
+    assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/v1/workers").json() == {"object": "list", "data": []}
     metrics = client.get("/metrics").text
-    assert 'probe_jobs{status="queued"} 1.0' in metrics
-    assert 'probe_jobs{status="failed"} 0.0' in metrics
+    assert 'probe_jobs{queue="gpu",status="queued"} 1.0' in metrics
+    assert 'probe_jobs{queue="cpu",status="failed"} 0.0' in metrics
     assert "probe_workers_alive 0.0" in metrics
     assert 'probe_http_requests_total{method="POST",route="/v1/jobs",status="202"} 1.0' in metrics
     assert submitted not in metrics
