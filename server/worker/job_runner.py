@@ -11,7 +11,6 @@ one was silent for too long. Its execution then ends without another word (see `
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
@@ -37,6 +36,7 @@ from server.worker import time_limit
 from server.worker.execution import Execution
 from server.worker.gang import Gang, OnProgress, UnitFailedError
 from server.worker.reach import refuse_what_is_out_of_reach
+from server.worker.stop_request import StopRequest
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -50,13 +50,13 @@ _STOP_GRACE_S = 1.0
 class JobRunner:
     """Runs the jobs this worker has claimed. All of it lives in DBOS's event loop."""
 
-    def __init__(self, store: SqlStore, settings: Settings, stopping: threading.Event) -> None:
+    def __init__(self, store: SqlStore, settings: Settings, stopping: StopRequest) -> None:
         """Nothing runs yet.
 
         Args:
             store: Where plans come from and results go.
             settings: Retries, deadlines, directories.
-            stopping: Set when the worker is to end. What fails from then on has not failed.
+            stopping: Made when the worker is to end. What fails from then on has not failed.
         """
         self.device = ""
         self._store = store
@@ -206,7 +206,7 @@ class JobRunner:
         # the unit did not fail, it was interrupted. The shutdown cancels the endless wait; the
         # job goes on at the next start.
         execution.require_here()
-        if await asyncio.to_thread(self._stopping.wait, _STOP_GRACE_S):
+        if await self._stopping.made_within(_STOP_GRACE_S):
             await asyncio.Event().wait()
         job_id = execution.job_id
         error = JobError(code=failure.code, message=failure.message, unit_id=unit.unit_id)

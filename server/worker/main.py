@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 import uuid
 from pathlib import Path
@@ -27,6 +26,7 @@ from server.worker.name_lock import NameLock, hold_name
 from server.worker.orphans import adopt_by_lease, adopt_orphans
 from server.worker.processes import kill_marked
 from server.worker.slots import slots_of, take_jobs
+from server.worker.stop_request import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class _Worker:
     def __init__(self, settings: Settings, lock: NameLock) -> None:
         self._settings = settings
         self._lock = lock
-        self._stopping = threading.Event()
+        self._stopping = StopRequest()
         self._started_at = dt.datetime.now(dt.UTC)
         self._lost: WorkerNameTakenError | None = None
         self._stuck: list[str] = []
@@ -89,7 +89,7 @@ class _Worker:
             self._take_name()
             self._launch()
             self._heartbeat.start()
-            while not self._stopping.is_set():
+            while not self._stopping.is_made:
                 self._keep_house()
                 self._stopping.wait(self._settings.heartbeat_s)
         finally:
@@ -123,7 +123,7 @@ class _Worker:
         )
 
     def _end(self) -> None:
-        self._stopping.set()
+        self._stopping.make()
         DBOS.destroy()  # cancels what runs; each unit under way ends its own gang
         kill_marked(WORKER_MARK)
         if self._heartbeat.is_alive():
@@ -166,11 +166,11 @@ class _Worker:
     def _on_lost(self, error: WorkerNameTakenError) -> None:
         # Its ranks first: the holder of the name may be starting the same jobs right now.
         self._lost = error
-        self._stopping.set()
+        self._stopping.make()
         kill_marked(WORKER_MARK)
 
     def _on_stuck(self, job_ids: list[str]) -> None:
-        if self._stopping.is_set():  # then nothing begins
+        if self._stopping.is_made:  # then nothing begins
             return
         logger.error(
             "the queue gave %s to this worker and never began it: starting again",
@@ -178,13 +178,13 @@ class _Worker:
             extra={"event": "worker.stuck"},
         )
         self._stuck = job_ids
-        self._stopping.set()
+        self._stopping.make()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self._stopping.is_set():  # asked twice: at once, the gangs die with us
+        if self._stopping.is_made:  # asked twice: at once, the gangs die with us
             kill_marked(WORKER_MARK)
             os._exit(128 + number)
-        self._stopping.set()
+        self._stopping.make()
 
 
 def _counted(restarts: str, stuck: list[str]) -> str:

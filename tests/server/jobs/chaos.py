@@ -115,6 +115,7 @@ class Chaos:
             "PROBE_PORT": str(self._port),
             "PROBE_RATE_LIMIT_PER_S": "10000",
             "PROBE_RATE_LIMIT_BURST": "10000",
+            "PYTHONFAULTHANDLER": "1",
             "PROBE_TEST_RUN": self.lab.mark,
         }
         with (self.lab.directory / "server.out").open("ab") as out:
@@ -229,13 +230,18 @@ class Chaos:
 
     def _stop_all(self) -> int:
         """End everything in order; how many processes are left behind."""
-        for process in (*self.lab.workers, self._server):
+        living = [p for p in (*self.lab.workers, self._server) if p.poll() is None]
+        for process in living:
+            os.kill(process.pid, signal.SIGCONT)
+            process.terminate()
+        deadline = time.monotonic() + 60
+        while any(process.poll() is None for process in living) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        left = len(self.lab.processes())
+        for process in living:
             if process.poll() is None:
-                os.kill(process.pid, signal.SIGCONT)
-                process.terminate()
-        for process in (*self.lab.workers, self._server):
-            process.wait(60)
-        return len(self.lab.processes())
+                process.send_signal(signal.SIGABRT)  # it writes down what it was doing
+        return left
 
     # --- what came of it
 

@@ -220,6 +220,7 @@ class Lab:
             "PROBE_QUEUE_POLL_S": "0.1",
             "PROBE_HEARTBEAT_S": "0.2",
             "PROBE_TEST_RUN": self.mark,
+            "PYTHONFAULTHANDLER": "1",
         } | {f"PROBE_{key.upper()}": str(value) for key, value in settings.items()}
         with (self.directory / "worker.out").open("ab") as out:
             worker = subprocess.Popen(

@@ -3,7 +3,9 @@
 Time is the database's, so a test that needs a silent worker moves its row's last heartbeat back.
 """
 
+import asyncio
 import datetime as dt
+import signal
 import uuid
 
 import pytest
@@ -20,6 +22,7 @@ from server.worker import main as main_module
 from server.worker import orphans
 from server.worker.heartbeat import Heartbeat, Steadiness
 from server.worker.lease import Lease
+from server.worker.stop_request import StopRequest
 
 STALE_S = 60.0
 
@@ -358,3 +361,27 @@ def test_a_worker_starts_itself_again_three_times_an_hour_at_most(monkeypatch):
     with pytest.raises(WorkerStuckError, match=r"job_a, job_b.*3 starts within an hour"):
         main_module._counted("3:6500", ["job_a", "job_b"])
     assert main_module._counted("3:6300", ["job_a"]) == first  # long ago
+
+
+def test_a_stop_can_be_asked_for_in_the_middle_of_waiting_for_it():
+    """A thousand signals while the main thread waits, wakes and waits again."""
+    request, num_handled = StopRequest(), 0
+
+    def on_signal(number, frame):
+        nonlocal num_handled
+        num_handled += 1
+        request.make()
+
+    previous = signal.signal(signal.SIGALRM, on_signal)
+    signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)
+    try:
+        while num_handled < 1000:
+            request.is_made = False
+            request.wait(0.0001)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    request.make()
+    assert request.wait(60)
+    assert asyncio.run(request.made_within(60))
+    assert not asyncio.run(StopRequest().made_within(0.01))
