@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
-from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel
@@ -28,9 +27,11 @@ from clients.errors import (
     WaitTimeoutError,
     api_error_for,
 )
+from clients.outgoing import plain, quoted
 from clients.sse import StreamState, parse_events, split_lines
 from probe.result import Plan
 from server.wire import (
+    ARCHIVE_TYPE,
     TERMINAL,
     CheckpointList,
     Event,
@@ -48,9 +49,14 @@ _CHART_TYPES = {
     "svg": "image/svg+xml",
     "png": "image/png",
 }
-_TABLE_TYPES = {"csv": "text/csv", "parquet": "application/vnd.apache.parquet"}
+_RESULT_TYPES = {
+    "json": "application/json",
+    "csv": "text/csv",
+    "parquet": "application/vnd.apache.parquet",
+}
 # The server sends a heartbeat at least every 15 s; a stream silent for three of them is dead.
 _STREAM_SILENCE_S = 45.0
+_IMPORT_S = 300.0  # everything is checked and written before the answer
 
 
 class ProbeClient:
@@ -134,13 +140,13 @@ class ProbeClient:
             detail = f"Idempotency-Key {key!r}: use visible ASCII characters only"
             raise api_error_for(Problem(title="", status=422, detail=detail, code="bad_input"))
         answer = self._send(
-            "POST", "/v1/jobs", json=_plain(spec), headers={"Idempotency-Key": key}, repeat=True
+            "POST", "/v1/jobs", json=plain(spec), headers={"Idempotency-Key": key}, repeat=True
         )
         return parse(JobView, answer)
 
     def plan(self, spec: BaseModel | Mapping[str, Any]) -> Plan:
         """Units, passes and memory the server expects for a spec; queues nothing."""
-        return parse(Plan, self._send("POST", "/v1/jobs:plan", json=_plain(spec), repeat=True))
+        return parse(Plan, self._send("POST", "/v1/jobs:plan", json=plain(spec), repeat=True))
 
     def jobs(
         self,
@@ -186,11 +192,11 @@ class ProbeClient:
         Raises:
             NotFoundError: There is none with this id.
         """
-        return parse(JobView, self._send("GET", f"/v1/jobs/{_quoted(job_id)}"))
+        return parse(JobView, self._send("GET", f"/v1/jobs/{quoted(job_id)}"))
 
     def cancel(self, job_id: str) -> JobView:
         """The job after asking for its end; one that has ended already is left as it is."""
-        path = f"/v1/jobs/{_quoted(job_id)}/cancel"
+        path = f"/v1/jobs/{quoted(job_id)}/cancel"
         return parse(JobView, self._send("POST", path, repeat=True))
 
     def wait(
@@ -272,23 +278,38 @@ class ProbeClient:
 
     def results(self, job_id: str) -> ResultList:
         """Results of the units finished so far, in unit order; of a mix scan `scans` too."""
-        return parse(ResultList, self._send("GET", f"/v1/jobs/{_quoted(job_id)}/results"))
+        return parse(ResultList, self._send("GET", f"/v1/jobs/{quoted(job_id)}/results"))
 
-    def results_file(self, job_id: str, format: Literal["csv", "parquet"]) -> bytes:
-        """The results in long form, one row per search, as the bytes of a file."""
-        path = f"/v1/jobs/{_quoted(job_id)}/results"
-        return self._send("GET", path, headers={"Accept": _TABLE_TYPES[format]}).content
+    def results_file(self, job_id: str, format: Literal["json", "csv", "parquet"]) -> bytes:
+        """The results as the bytes of a file; csv and parquet in long form, a row per search."""
+        path = f"/v1/jobs/{quoted(job_id)}/results"
+        return self._send("GET", path, headers={"Accept": _RESULT_TYPES[format]}).content
 
     def chart(self, job_id: str, format: Literal["vega", "svg", "png"] = "svg") -> bytes:
         """The chart of lambda_c against step or ratio, by the job's kind: Vega-Lite, SVG or PNG."""
-        path = f"/v1/jobs/{_quoted(job_id)}/chart"
+        path = f"/v1/jobs/{quoted(job_id)}/chart"
         return self._send("GET", path, headers={"Accept": _CHART_TYPES[format]}).content
+
+    def job_plan(self, job_id: str) -> Plan:
+        """What was planned when the job was submitted."""
+        return parse(Plan, self._send("GET", f"/v1/jobs/{quoted(job_id)}/plan"))
+
+    def event_log(self, job_id: str) -> bytes:
+        """Every event so far, one JSON object a line; does not wait for more."""
+        return self._send("GET", f"/v1/jobs/{quoted(job_id)}/event-log").content
+
+    def import_archive(self, archive: bytes) -> tuple[JobView, bool]:
+        """The job of an export made by `clients.transfer`; False: it was there already."""
+        headers = {"Content-Type": ARCHIVE_TYPE}
+        options: dict[str, Any] = {"headers": headers, "timeout": _IMPORT_S, "repeat": True}
+        answer = self._send("POST", "/v1/jobs:import", content=archive, **options)
+        return parse(JobView, answer), answer.status_code == 201
 
     # The server
 
     def checkpoints(self, checkpoints: BaseModel | Mapping[str, Any]) -> CheckpointList:
         """The series that a `checkpoints:` section stands for, as the server sees it."""
-        answer = self._send("POST", "/v1/checkpoints", json=_plain(checkpoints), repeat=True)
+        answer = self._send("POST", "/v1/checkpoints", json=plain(checkpoints), repeat=True)
         return parse(CheckpointList, answer)
 
     def workers(self) -> WorkerList:
@@ -350,7 +371,7 @@ class ProbeClient:
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
         if state.last_event_id:
             headers["Last-Event-ID"] = state.last_event_id
-        path = f"/v1/jobs/{_quoted(job_id)}/events"
+        path = f"/v1/jobs/{quoted(job_id)}/events"
         timeout = httpx.Timeout(self._timeout_s, read=_STREAM_SILENCE_S)
         try:
             with self._http.stream("GET", path, headers=headers, timeout=timeout) as response:
@@ -377,15 +398,3 @@ class ProbeClient:
             )
         reason = str(error) or type(error).__name__
         return ServerUnavailableError(f"the server at {self.base_url} broke off: {reason}")
-
-
-def _plain(value: BaseModel | Mapping[str, Any]) -> Any:
-    if not isinstance(value, BaseModel):
-        return dict(value)
-    webhook = getattr(value, "webhook", None)  # left out of every dump, as it may be a secret
-    return value.model_dump(mode="json") | ({} if webhook is None else {"webhook": webhook})
-
-
-def _quoted(job_id: str) -> str:
-    """The id as one path segment; an empty one must not turn into the list of jobs."""
-    return quote(job_id, safe="") or "%20"

@@ -84,6 +84,9 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         1 << 20, ge=1024, le=1 << 30, description="Of a request's body, sent in chunks or not."
     )
+    max_import_bytes: int = Field(
+        64 << 20, ge=1024, le=1 << 32, description="Of an exported job that is imported."
+    )
     webhook_secret: SecretStr | None = Field(
         None,
         min_length=16,

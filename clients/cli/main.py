@@ -9,7 +9,20 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from clients.cli import data, doctor, jobs, keys, prune, results, run, sources, up, watch, workers
+from clients.cli import (
+    data,
+    doctor,
+    jobs,
+    keys,
+    prune,
+    results,
+    run,
+    sources,
+    transfer,
+    up,
+    watch,
+    workers,
+)
 from clients.cli.conventions import ProbeGroup, example
 from probe import __version__
 
@@ -56,6 +69,7 @@ workers.register(app)
 prune.register(app)
 watch.register(app)
 results.register(app)
+transfer.register(app)
 sources.register(app)
 app.add_typer(data.app, name="data")
 app.add_typer(keys.app, name="keys")

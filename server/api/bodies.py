@@ -6,6 +6,7 @@ FastAPI's own parsing is not used, so that a wrong job spec is answered in the w
 
 import hashlib
 import json
+import math
 from typing import Any, NoReturn
 
 from fastapi import Request
@@ -31,7 +32,11 @@ async def read_json(request: Request) -> Any:
             "unsupported_media_type",
             f"send Content-Type: application/json, found {media_type[:80]!r}",
         )
-    body = await _read(request, request.app.state.settings.max_body_bytes)
+    return parse_json(await _read(request, request.app.state.settings.max_body_bytes))
+
+
+def parse_json(body: bytes) -> Any:
+    """Plain values of a JSON text; raises as `read_json` does, 413 and 415 aside."""
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # also not UTF-8, or a number of 4300 digits
@@ -90,6 +95,8 @@ def _check(value: Any, path: str, depth: int, problems: list[FieldProblem]) -> N
         message = _UNSTORABLE
     elif isinstance(value, int) and abs(value) > _MAX_INT:
         message = "an integer of more than 64 bits"
+    elif isinstance(value, float) and not math.isfinite(value):
+        message = "a number beyond what 64 bits hold"  # 1e999 is JSON
     if message is not None:
         problems.append(FieldProblem(field=path or "(spec)", message=message))
 
