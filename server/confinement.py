@@ -131,8 +131,6 @@ class Confinement:
         self._check_pattern(pattern, field)
         if not self.roots:
             return
-        # Readers take a file of exactly that name first, whatever brackets are in it.
-        self._check_path(Path(pattern), field)
         for number, match in enumerate(glob.iglob(pattern, recursive=True)):
             if number >= _MAX_MATCHES:
                 raise PathNotAllowedError(
@@ -188,6 +186,8 @@ class Confinement:
         parts = Path(pattern).parts
         fixed = list(itertools.takewhile(lambda part: not _GLOB.search(part), parts))
         self._check_path(Path(*fixed), field)
+        # Readers take what has exactly that name first, whatever brackets are in it.
+        self._check_path(Path(pattern), field)
 
     def _check_text(self, path: str, field: str) -> None:
         """Refuse what is no plain path, before any file system is asked."""

@@ -21,6 +21,7 @@ from server.settings import Settings
 from server.store import SqlStore
 from server.tables import api_keys
 from tests.server.conftest import database_url as database_url  # both kinds of database
+from tests.server.conftest import on_sqlite_only
 
 LOOPBACK = "http://127.0.0.1"
 DAY_MS = 86_400_000
@@ -164,6 +165,7 @@ def test_a_key_that_has_ended_opens_nothing(store, table):
     assert code_of(client_of(store).get("/v1/jobs", headers=bearer(key))) == (401, "unauthorized")
 
 
+@on_sqlite_only
 def test_what_the_database_said_is_believed_for_two_seconds(store, table):
     _, key = table.create("ci", "read")
     now = [0.0]
@@ -179,6 +181,7 @@ def test_what_the_database_said_is_believed_for_two_seconds(store, table):
     assert CACHE_S <= 5
 
 
+@on_sqlite_only
 @pytest.mark.parametrize(
     "change",
     [
@@ -201,6 +204,7 @@ def test_nothing_but_the_key_is_the_key(store, table, change):
     assert client.get("/v1/jobs", headers=bearer(key)).status_code == 200
 
 
+@on_sqlite_only
 def test_an_unknown_id_costs_the_same_comparison(table, monkeypatch):
     compared = []
     monkeypatch.setattr(
@@ -268,6 +272,7 @@ def test_a_database_that_is_gone_is_no_open_door(store, table, monkeypatch):
     assert client.get("/healthz").status_code == 200
 
 
+@on_sqlite_only
 def test_the_description_says_that_keys_are_needed(store, table):
     client = client_of(store)
     assert "securitySchemes" not in client.get("/openapi.json").json()["components"]
