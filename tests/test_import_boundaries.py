@@ -28,6 +28,7 @@ TORCH_FREE = (
     "probe.errors",
     "probe.failures",
     "probe.image_sizes",
+    "probe.json_log",
     "probe.kinds",
     "probe.launch",
     "probe.line_search",
