@@ -36,6 +36,10 @@ CHECKS = [
 ]
 
 
+# Archives are made up as any other bytes.
+schemathesis.serializer.alias("application/x-tar", "application/octet-stream")
+
+
 @pytest.fixture
 def without_hub(monkeypatch):
     """The hub says no at once: no network here, and a 503 is for real outages."""
