@@ -62,7 +62,9 @@ class StoredKey:
 
 def session_token(secret: str) -> str:
     """What a browser keeps instead of a key's secret: it opens this server's pages, no more."""
-    return hmac.new(secret.encode(), _PURPOSE, hashlib.sha256).hexdigest()
+    # Hashed first: HMAC fills its key up with zeros, so two keys could have one token.
+    key = hashlib.sha256(secret.encode()).digest()
+    return hmac.new(key, _PURPOSE, hashlib.sha256).hexdigest()
 
 
 def token_sha256(token: str) -> str:

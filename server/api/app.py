@@ -57,6 +57,7 @@ def create_app(
         description="Critical sharpness of language models, from forward passes only.",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # it would send clients to whatever Host they were tricked into
         lifespan=lifespan,
     )
     app.state.settings = settings

@@ -38,7 +38,8 @@ async def read_json(request: Request) -> Any:
 def parse_json(body: bytes) -> Any:
     """Plain values of a JSON text; raises as `read_json` does, 413 and 415 aside."""
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
+        # Decoded here: `json` would guess at UTF-16 and at text that is none.
+        value = json.loads(body.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # also not UTF-8, or a number of 4300 digits
         raise ProblemError(400, "invalid_json", f"the body is not JSON: {error}") from error
     problems: list[FieldProblem] = []

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 _RETRY_AFTER_S = "5"
+_MOST_SHOWN = 50  # of the problems of one request: an answer must not outgrow it
 
 # Codes of errors that HTTP itself gives a meaning.
 _HTTP_CODES = {
@@ -142,7 +143,7 @@ def invalid(problems: Sequence[FieldProblem], code: str) -> ProblemError:
     detail = "; ".join(f"{p.field}: {p.message}" for p in problems[:3])
     if len(problems) > 3:
         detail += f"; and {len(problems) - 3} more in `errors`"
-    return ProblemError(422, code, detail, errors=problems)
+    return ProblemError(422, code, detail, errors=problems[:_MOST_SHOWN])
 
 
 async def _probe_error(request: Request, error: Exception) -> JSONResponse:
