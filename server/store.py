@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from probe.result import Plan
 from probe.spec_base import DEFAULT_PRIORITY
 from probe.unit_results import AnyUnitResult, parse_result
-from server import queue, tables, webhooks
+from server import queue, tables, tracing, webhooks
 from server.errors import IdempotencyConflictError
 from server.event_reads import EventReads
 from server.fence import require_owner
@@ -112,6 +112,7 @@ class SqlStore:
                 body_sha256=body_sha256,
                 created_at=now,
                 num_events=0,
+                traceparent=tracing.current_traceparent(),
                 **origin,
             )
             .on_conflict_do_nothing(index_elements=["idempotency_key"])
@@ -170,6 +171,13 @@ class SqlStore:
         with self.engine.connect() as connection:
             plan = connection.scalar(sa.select(jobs.c.plan).where(jobs.c.id == job_id))
         return None if plan is None else Plan.model_validate(plan)
+
+    def traceparent(self, job_id: str) -> str | None:
+        """Of the request that made the job, where it was traced."""
+        query = sa.select(jobs.c.traceparent).where(jobs.c.id == job_id)
+        with self.engine.connect() as connection:
+            found: str | None = connection.scalar(query)
+        return found
 
     def mark_running(self, job_id: str, worker: str, owner: str | None = None) -> None:
         """Note that a worker has begun with a job, for the first time or again."""

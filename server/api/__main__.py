@@ -39,16 +39,27 @@ def main() -> int:
     except (ConfigError, ValueError) as error:
         print(redact(f"{parser.prog}: {error}"), file=sys.stderr)  # noqa: T201
         return 2
-    _serve(app, settings)
+    try:
+        _serve(app, settings)
+    finally:
+        _end_tracing()
     return 0
+
+
+def _end_tracing() -> None:
+    from server.tracing import end_tracing
+
+    end_tracing()
 
 
 def _prepare(settings: Settings) -> "FastAPI":
     # here, because a health check runs every few seconds and needs none of it
     from server.api.app import create_app
     from server.log_format import set_up_logging
+    from server.tracing import set_up_tracing
 
     set_up_logging(settings)
+    set_up_tracing("sharpness-probe-server")
     return create_app(settings)
 
 

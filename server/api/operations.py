@@ -14,6 +14,7 @@ from prometheus_client import (
 from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server import tracing
 from server.api.context import StoreDep, known_query
 from server.api.problems import responses, with_members
 from server.errors import StoreNotReadyError
@@ -68,7 +69,7 @@ def metrics(request: Request) -> Response:
 
 
 class CountRequests:
-    """Counts answers by method, route and status, and times them to their beginning."""
+    """Counts answers by method, route and status, times them to their beginning, traces them."""
 
     def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
         """Wrap `app`; the metrics go to `registry`."""
@@ -93,6 +94,16 @@ class CountRequests:
             await self.app(scope, receive, send)
             return
 
+        if tracing.is_on() and scope["path"] not in _UNTRACED:
+            parent = tracing.traceparent_of(dict(scope["headers"]))
+            with tracing.span("request", parent=parent, server=True) as span:
+                await self._observed(scope, receive, send, span)
+        else:
+            await self._observed(scope, receive, send, None)
+
+    async def _observed(
+        self, scope: Scope, receive: Receive, send: Send, span: tracing.Span | None
+    ) -> None:
         begin = time.perf_counter()
 
         async def counting_send(message: Message) -> None:
@@ -102,10 +113,13 @@ class CountRequests:
                 method = scope["method"] if scope["method"] in _METHODS else "(other)"
                 self._requests.labels(method, route, str(message["status"])).inc()
                 self._seconds.labels(method, route).observe(time.perf_counter() - begin)
+                if span is not None:
+                    span.answered(method, route, message["status"])
             await send(message)
 
         await self.app(scope, receive, counting_send)
 
 
+_UNTRACED = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds, for ever
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

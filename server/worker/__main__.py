@@ -11,6 +11,7 @@ from probe.errors import ProbeError
 from server.log_format import set_up_logging
 from server.redaction import redact
 from server.settings import Settings
+from server.tracing import end_tracing, set_up_tracing
 from server.worker.check import what_is_wrong
 from server.worker.main import run_worker
 
@@ -62,10 +63,13 @@ def main(argv: list[str] | None = None) -> int:
         return _check(settings)
     set_up_logging(settings, worker=settings.worker_name)
     try:
+        set_up_tracing("sharpness-probe-worker")
         run_worker(settings)
     except ProbeError as error:
         logging.getLogger(__name__).error("%s", error)
         return 1
+    finally:
+        end_tracing()
     return 0
 
 

@@ -110,6 +110,7 @@ class Heartbeat(threading.Thread):
         self._on_lost = on_lost
         self._on_stuck = on_stuck
         self._stopping = threading.Event()
+        self.beaten_at: float | None = None  # by time.monotonic; None before the first
         self._idle_since: dict[tuple[str, str], float] = {}
 
     def run(self) -> None:
@@ -136,7 +137,8 @@ class Heartbeat(threading.Thread):
         running = self._runner.tokens()
         begun = self._runner.active_ids()
         now_ms, ours = self._lease.renew(self._view())
-        self.steadiness.succeeded(time.monotonic(), now_ms / 1000)
+        self.beaten_at = time.monotonic()
+        self.steadiness.succeeded(self.beaten_at, now_ms / 1000)
         # Cancelled, or taken over while we were stopped.
         self._runner.leave({job: token for job, token in running.items() if ours.get(job) != token})
         self._watch(ours, begun | self._runner.active_ids())

@@ -26,7 +26,7 @@ from probe.spec import ParallelOptions
 from probe.spec_continual import ContinualLearningSpec
 from probe.spec_load import parse_spec
 from probe.unit_results import AnyUnitResult, next_eta_init
-from server import queue
+from server import queue, tracing
 from server.fence import execution_token
 from server.launchers import GangShape, launcher_for
 from server.settings import Settings
@@ -35,6 +35,7 @@ from server.wire import EventType, JobError
 from server.worker import time_limit
 from server.worker.execution import Execution
 from server.worker.gang import Gang, OnProgress, UnitFailedError
+from server.worker.observation import Observation
 from server.worker.reach import refuse_what_is_out_of_reach
 from server.worker.stop_request import StopRequest
 
@@ -59,6 +60,7 @@ class JobRunner:
             stopping: Made when the worker is to end. What fails from then on has not failed.
         """
         self.device = ""
+        self.observation = Observation(settings.worker_name)
         self._store = store
         self._settings = settings
         self._stopping = stopping
@@ -99,10 +101,11 @@ class JobRunner:
         async def probe(job_id: str, unit_ids: list[str]) -> int:
             execution = await self._enter(job_id, execution_token(job_id))
             try:
-                await self._begin(execution)
-                for index in range(len(unit_ids)):
-                    await unit(job_id, index)
-                await execution.end_gang()
+                with self.observation.job(job_id, await self._traceparent(job_id)):
+                    await self._begin(execution)
+                    for index in range(len(unit_ids)):
+                        await unit(job_id, index)
+                    await execution.end_gang()
             finally:
                 execution.kill_gang()
                 del self._executions[job_id]
@@ -134,17 +137,26 @@ class JobRunner:
         unit = execution.plan.units[index]
         if await self._database(self._store.unit_result, job_id, index) is not None:
             return unit.unit_id
+        with self.observation.unit(job_id, execution.plan, unit) as seen:
+            result = await self._measured_in_time(execution, unit)
+            if await self._database(self._store.record_unit, job_id, result, execution.token):
+                seen.finished(result)
+        return unit.unit_id
+
+    async def _traceparent(self, job_id: str) -> str | None:
+        return await self._database(self._store.traceparent, job_id) if tracing.is_on() else None
+
+    async def _measured_in_time(self, execution: Execution, unit: Unit) -> AnyUnitResult:
+        job_id = execution.job_id
         limit_s = time_limit.limit_of(execution.plan)
         passed_s = 0.0 if limit_s is None else await self._database(self._passed_s, job_id)
         try:
             async with time_limit.within(limit_s, passed_s):
-                result = await self._measured(execution, unit)
+                return await self._measured(execution, unit)
         except UnitFailedError as failure:
             if failure.code == time_limit.TIME_LIMIT_EXCEEDED:
                 await self._failed(execution, unit, 1, failure)
             raise
-        await self._database(self._store.record_unit, job_id, result, execution.token)
-        return unit.unit_id
 
     def _passed_s(self, job_id: str) -> float:
         return time_limit.seconds_since_start(self._store.engine, job_id)
@@ -208,6 +220,7 @@ class JobRunner:
         execution.require_here()
         if await self._stopping.made_within(_STOP_GRACE_S):
             await asyncio.Event().wait()
+        self.observation.metrics.unit_failed(failure.code)
         job_id = execution.job_id
         error = JobError(code=failure.code, message=failure.message, unit_id=unit.unit_id)
         await self._database(self._store.record_error, job_id, error, execution.token)

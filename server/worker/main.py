@@ -19,6 +19,7 @@ from server.settings import Settings
 from server.store import SqlStore
 from server.wire import WorkerView
 from server.worker.gang import WORKER_MARK, UnitFailedError
+from server.worker.gpu_memory import GpuMemory
 from server.worker.heartbeat import Heartbeat
 from server.worker.job_runner import JobRunner
 from server.worker.lease import Lease
@@ -68,6 +69,8 @@ class _Worker:
         self._stuck: list[str] = []
         self._store = SqlStore(settings.database_url, worker_stale_s=settings.worker_stale_s)
         self._runner = JobRunner(self._store, settings, self._stopping)
+        self._gpu_memory = GpuMemory()
+        self._metrics = self._runner.observation.metrics
         self._lease = Lease(
             self._store.engine, settings.worker_name, str(uuid.uuid4()), settings.worker_stale_s
         )
@@ -87,6 +90,8 @@ class _Worker:
             signal.signal(number, self._on_signal)
         try:
             self._take_name()
+            self._metrics.show(self._view, lambda: self._heartbeat.beaten_at)
+            self._metrics.serve(self._settings)
             self._launch()
             self._heartbeat.start()
             while not self._stopping.is_made:
@@ -126,6 +131,8 @@ class _Worker:
         self._stopping.make()
         DBOS.destroy()  # cancels what runs; each unit under way ends its own gang
         kill_marked(WORKER_MARK)
+        self._metrics.stop()
+        self._gpu_memory.stop()
         if self._heartbeat.is_alive():
             self._heartbeat.stop()
         try:
@@ -146,6 +153,7 @@ class _Worker:
             last_heartbeat=dt.datetime.now(dt.UTC),
             alive=alive,
             current_job_ids=self._runner.job_ids if alive else [],
+            gpus=self._gpu_memory.latest,
         )
 
     def _keep_house(self) -> None:
