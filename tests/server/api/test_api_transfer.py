@@ -12,7 +12,9 @@ import httpx
 import pytest
 import sqlalchemy as sa
 from fastapi.testclient import TestClient
+from typer.testing import CliRunner
 
+from clients.cli.main import app as commands
 from clients.http import ProbeClient
 from clients.transfer import ExportError, export_job, exports_in, import_job
 from server import queue
@@ -436,3 +438,54 @@ def test_the_event_log_goes_on_over_pages(here, finish):
         connection.execute(sa.insert(events), rows)
     lines = here.http.get(f"/v1/jobs/{job_id}/event-log").text.splitlines()
     assert [json.loads(line)["id"] for line in lines] == list(range(1, 1103))
+
+
+@pytest.fixture
+def run(here, there, monkeypatch):
+    """Runs `probe` against the server here, or there with `--server there`."""
+    sides = {None: here, "there": there}
+
+    def connected(url: str | None = None) -> ProbeClient:
+        return ProbeClient(LOOPBACK, transport=httpx.MockTransport(sides[url]._answer))
+
+    monkeypatch.setattr("clients.http.ProbeClient", connected)
+    monkeypatch.delenv("PROBE_SERVER", raising=False)
+    return lambda *words: CliRunner().invoke(commands, [str(word) for word in words])
+
+
+def test_the_commands_move_jobs_from_server_to_server(run, here, there, finish, tmp_path):
+    ids = [finish(here), finish(here, "CANCELLED", 0)]
+    out = tmp_path / "exported"
+    done = run("export", ids[0], ids[1][-8:], "--out", out, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert [Path(entry["path"]) for entry in json.loads(done.stdout)["data"]] == [
+        out / job_id for job_id in ids
+    ]
+    assert "8 files" in done.stderr
+    first = run("import", out, "--server", "there")
+    assert first.stdout.split() == ids
+    assert first.stderr.count(": imported") == 2
+    again = run("import", out / ids[1], "--server", "there", "--json")
+    assert [job["id"] for job in json.loads(again.stdout)["data"]] == [ids[1]]
+    assert "was there already" in again.stderr
+    listed = run("list", "--server", "there", "--json")
+    assert [job["id"] for job in json.loads(listed.stdout)["data"]] == ids[::-1]
+    assert "imported" in run("show", ids[0], "--server", "there").stdout
+
+
+def test_the_commands_say_what_is_wrong(run, here, finish, tmp_path):
+    running = finish(here, "PENDING", 1)
+    done = run("export", running, "--out", tmp_path / "out")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "--partial" in done.stderr
+    assert run("export", running, "--partial", "--out", tmp_path / "out").exit_code == 0
+    refused = run("import", tmp_path / "out", "--server", "there")
+    assert refused.exit_code == 2
+    assert "had not ended" in refused.stderr
+    nothing = run("import", tmp_path / "nowhere")
+    assert nothing.exit_code == 2
+    assert "holds no exported job" in nothing.stderr
+    (tmp_path / "file").touch()
+    full = run("export", finish(here), "--out", tmp_path / "file")
+    assert full.exit_code == 2
+    assert "cannot write" in full.stderr
