@@ -4,7 +4,7 @@ import logging
 import sys
 
 from probe.json_log import JsonFormatter, log_as_json
-from server.redaction import learn_settings, protect_output, redact
+from server.redaction import learn_settings, protect_output, protect_tracebacks, redact
 from server.settings import Settings
 
 _TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
@@ -27,6 +27,7 @@ def set_up_logging(settings: Settings, **fields: str) -> None:
     """
     if settings.log_format == "json":
         learn_settings(settings)
+        protect_tracebacks()
         log_as_json(RedactedJsonFormatter(**fields), settings.log_level)
         return
     logging.basicConfig(level=settings.log_level, format=_TEXT, stream=sys.stderr)

@@ -29,7 +29,11 @@ _FORMS = (
         re.compile(r"([a-z][a-z0-9+.-]*://[^\s/:@'\"]*):[^\s/@'\"]+@", re.IGNORECASE),
         rf"\1:{_GONE}@",
     ),
-    (re.compile(r"\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE), rf"\1 {_GONE}"),
+    (
+        re.compile(r"(authorization['\"]?\s*[:=]\s*['\"]?\w+)\s+[^\s'\",]+", re.IGNORECASE),
+        rf"\1 {_GONE}",
+    ),
+    (re.compile(r"\bBearer\s+[A-Za-z0-9._~+/=-]{8,}"), f"Bearer {_GONE}"),
     (re.compile(r"\b(password|passwd)=[^\s'\"&]+", re.IGNORECASE), rf"\1={_GONE}"),
 )
 _values: frozenset[str] = frozenset()
@@ -51,9 +55,12 @@ def learn(values: Iterable[str]) -> None:
     forms = {
         form
         for value in long_enough
-        for form in (value, json.dumps(value)[1:-1], repr(value)[1:-1], quote(value, safe=""))
+        for form in (
+            *(value, json.dumps(value)[1:-1], repr(value)[1:-1]),
+            *(quote(value), quote(value, safe=""), quote_plus(value)),
+        )
     }
-    _values |= forms | {quote_plus(value) for value in long_enough}
+    _values |= forms
     longest_first = sorted(_values, key=len, reverse=True)
     _known = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
@@ -91,11 +98,16 @@ def protect_output(settings: Settings) -> None:
     Call it once logging is set up; handlers added later are not covered.
     """
     learn_settings(settings)
+    protect_tracebacks()
     for name in (None, "uvicorn", "uvicorn.error", "uvicorn.access", "dbos"):
         for handler in logging.getLogger(name).handlers:
             inner = handler.formatter or logging.Formatter()
             if not isinstance(inner, RedactingFormatter):
                 handler.setFormatter(RedactingFormatter(inner))
+
+
+def protect_tracebacks() -> None:
+    """Redact what is printed of exceptions that nobody catches."""
     sys.excepthook = _print_redacted
     threading.excepthook = _print_of_thread
 
