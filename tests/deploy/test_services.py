@@ -149,6 +149,14 @@ def test_prometheus_gets_a_key_of_its_own_that_may_read(
     assert client.post("/v1/jobs", json=continual_spec).status_code == 403
 
 
+@pytest.mark.parametrize("name", WORKERS)
+def test_workers_tell_prometheus_about_themselves(running: Services, name: str) -> None:
+    address = f"http://127.0.0.1:{running.metrics_ports[name]}/metrics"
+    text = httpx.get(address, trust_env=False).raise_for_status().text
+    own = running.services[name]["environment"]["PROBE_WORKER_NAME"]
+    assert f'probe_worker_jobs{{worker="{own}"}} 0.0' in text  # the job has ended
+
+
 @pytest.mark.parametrize("name", ["server", *WORKERS])
 def test_logs_are_one_json_object_per_line(running: Services, name: str) -> None:
     lines = running.log(name).read_text().splitlines()
