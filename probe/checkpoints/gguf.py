@@ -139,7 +139,10 @@ class GgufSource:
     @cached_property
     def _config(self) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            self.path.parent, gguf_file=self.path.name, local_files_only=True
+            self.path.parent,
+            gguf_file=self.path.name,
+            local_files_only=True,
+            trust_remote_code=False,
         )
         return config
 

@@ -56,7 +56,8 @@ def test_secrets_are_known_by_their_form(text, secret):
 @pytest.mark.parametrize(
     "text",
     ["", "job_01m81eqwxf0krhtjj53vpgy30e succeeded", "https://example.org:8443/a@b", "see a:b@c",
-     "the bearer of news", "basic training", "bearer certificates", "password: wrong", "10:30 user@host", "spk_ab_x"],
+     "the bearer of news", "basic training", "bearer certificates", "password: wrong",
+     "10:30 user@host", "spk_ab_x"],
 )  # fmt: skip
 def test_other_text_is_left_alone(text):
     assert redact(text) == text
