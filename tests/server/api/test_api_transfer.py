@@ -1,12 +1,14 @@
 """Jobs from one server to another: the same answers there, and nothing that was made up."""
 
+import asyncio
+import hashlib
 import io
 import json
 import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -19,6 +21,8 @@ from clients.http import ProbeClient
 from clients.transfer import ExportError, export_job, exports_in, import_job
 from server import queue
 from server.api.app import create_app
+from server.api.problems import ProblemError
+from server.api.transfer import _receive
 from server.settings import Settings
 from server.store import SqlStore
 from server.tables import events
@@ -260,21 +264,24 @@ def tar(members: list[tuple[str, bytes]], **fields: Any) -> bytes:
 
 def changed(path: Path, target: Path, name: str, change: Callable[[Any], Any]) -> Path:
     """A copy with one file changed, its manifest to match."""
-    from clients.transfer import _described
-
-    shutil.copytree(path, target)
-    value = json.loads((target / name).read_text()) if name != "events.jsonl" else None
-    if value is None:
-        lines = [json.loads(line) for line in (target / name).read_text().splitlines()]
+    text = (path / name).read_text()
+    if name == "events.jsonl":
+        lines = [json.loads(line) for line in text.splitlines()]
         change(lines)
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-    else:
-        change(value)
-        text = json.dumps(value)
+        return rewritten(path, target, name, "".join(json.dumps(line) + "\n" for line in lines))
+    value = json.loads(text)
+    change(value)
+    return rewritten(path, target, name, json.dumps(value))
+
+
+def rewritten(path: Path, target: Path, name: str, text: str) -> Path:
+    """A copy with one file's text replaced, its manifest to match."""
+    shutil.copytree(path, target)
     (target / name).write_text(text)
     if name != "manifest.json":
         manifest = json.loads((target / "manifest.json").read_text())
-        manifest["files"][name] = _described(text.encode()).model_dump()
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        manifest["files"][name] = {"sha256": sha256, "num_bytes": len(text.encode())}
         (target / "manifest.json").write_text(json.dumps(manifest))
     return target
 
@@ -360,6 +367,10 @@ def test_nothing_that_does_not_fit_together_is_taken(here, there, finish, tmp_pa
     with there.store.engine.connect() as connection:
         for table in ("jobs", "job_labels", "unit_results", "events"):
             assert connection.scalar(sa.text(f"SELECT count(*) FROM {table}")) == 0
+    beyond = (path / "events.jsonl").read_text().replace('"data":{', '"data":{"x":1e999,', 1)
+    told = there.send(pack(rewritten(path, tmp_path / "beyond", "events.jsonl", beyond))).json()
+    assert (told["status"], told["code"]) == (422, "export_invalid")
+    assert "beyond what 64 bits hold" in told["detail"]
     # What an event says beside is for people: odd values are kept, and break nothing.
     odd = changed(path, tmp_path / "odd", "events.jsonl", lambda e: e[3]["data"].update(index=[]))
     assert there.send(pack(odd)).status_code == 201
@@ -418,6 +429,23 @@ def test_an_export_larger_than_allowed_is_refused_by_header_and_by_count(tmp_pat
         assert "PROBE_MAX_IMPORT_BYTES" in told["detail"]
     assert side.send(b"x" * 2048).status_code == 422
     side.close()
+
+
+def test_what_is_too_large_is_not_read_to_its_end():
+    taken = []
+
+    class Endless:
+        headers: ClassVar[dict[str, str]] = {}
+
+        async def stream(self):
+            while True:
+                taken.append(1000)
+                yield b"x" * 1000
+
+    file = io.BytesIO()
+    with pytest.raises(ProblemError, match="2,048 bytes"):
+        asyncio.run(_receive(Endless(), file, 2048))
+    assert (sum(taken), len(file.getvalue())) == (3000, 2000)
 
 
 def test_importing_takes_a_key_of_scope_admin(tmp_path):
