@@ -34,7 +34,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
       "torch==$(sed -n 's/^torch==//p' constraints.txt)+${CUDA}"
 # Everything else, with a package of nothing in place of ours: this layer, by far the largest,
 # stays the same when only the code changes.
-ARG EXTRAS=continual,deepspeed,postgres
+ARG EXTRAS=continual,deepspeed,otel,postgres
 RUN --mount=type=cache,target=/root/.cache/pip \
     mkdir probe server clients && touch probe/__init__.py server/__init__.py clients/__init__.py \
     && pip install -c constraints.txt --build-constraint constraints.txt ".[${EXTRAS}]" \

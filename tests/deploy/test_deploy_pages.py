@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from server.store import SqlStore
+from tests.deploy import dockerfile
 from tests.deploy.programs import program
 from tests.server.postgres import Postgres, missing
 
@@ -134,6 +135,20 @@ def test_kubectl_makes_the_secrets_of_the_template(tmp_path: Path) -> None:
     template = (ROOT / "deploy" / "kubernetes" / "secret.example.yaml").read_text()
     wanted = {s["metadata"]["name"]: set(s["stringData"]) for s in yaml.safe_load_all(template)}
     assert made == wanted
+
+
+def test_the_page_on_images_knows_what_is_in_them() -> None:
+    page = (DIRECTORY / "containers.md").read_text()
+    arguments = dict(
+        text.split("=", 1)
+        for word, text in dockerfile.stages()["worker-packages"].instructions
+        if word == "ARG"
+    )
+    assert f"extras `{arguments['EXTRAS']}`" in page
+    assert f"`--build-arg CUDA={arguments['CUDA']}` (the default)" in page
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    table = set(re.findall(r"`([\w-]+)`", "".join(re.findall(r"^\| `.*? \|", page, re.MULTILINE))))
+    assert table == {*services, "server", "worker"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

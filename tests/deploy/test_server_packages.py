@@ -28,7 +28,8 @@ def pyproject() -> dict[str, Any]:
 
 def test_the_group_repeats_the_bounds_of_the_dependencies(pyproject: dict[str, Any]) -> None:
     project = pyproject["project"]
-    lines = [*project["dependencies"], *project["optional-dependencies"]["postgres"]]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["postgres"], *extras["otel"]]
     everything = requirements(lines)
     for name, requirement in requirements(pyproject["dependency-groups"]["server"]).items():
         assert requirement == everything[name], f"{name} differs from the project's bounds"
