@@ -6,6 +6,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from server import queue
+from server.job_reads import for_reading
 from server.job_views import time_of
 from server.tables import events, jobs
 from server.wire import TERMINAL, Event
@@ -21,7 +22,7 @@ class EventReads:
 
     def __init__(self, engine: sa.Engine, settle: Callable[[str], None]) -> None:
         """Read through `engine`; `settle` writes the closing event of a job that needs one."""
-        self._engine = engine
+        self._engine = for_reading(engine)
         self._settle = settle
         self._after = (
             sa.select(events)

@@ -30,7 +30,7 @@ class JobReads:
 
     def __init__(self, engine: sa.Engine, forecast: Forecast) -> None:
         """Read through `engine`; `forecast` adds what is known of waiting jobs."""
-        self._engine = engine
+        self._engine = for_reading(engine)
         self._forecast = forecast
         self._workflows = queue.workflow_status_table(engine)
         self._views = job_views(self._workflows)
@@ -183,6 +183,16 @@ class JobReads:
         if "after" in given:
             query = query.where(order < sa.bindparam("after"))
         return query.order_by(order.desc()).limit(sa.bindparam("limit"))
+
+
+def for_reading(engine: sa.Engine) -> sa.Engine:
+    """The same connections, without a transaction around single reads of Postgres.
+
+    Its begin and end are two more trips to the database. SQLite's driver begins none for reads.
+    """
+    if queue.is_sqlite(engine):
+        return engine
+    return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
 def _ends(status: str | None, by_queue: bool) -> list[str | None]:
