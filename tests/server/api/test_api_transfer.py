@@ -367,7 +367,7 @@ def test_nothing_that_does_not_fit_together_is_taken(here, there, finish, tmp_pa
     with there.store.engine.connect() as connection:
         for table in ("jobs", "job_labels", "unit_results", "events"):
             assert connection.scalar(sa.text(f"SELECT count(*) FROM {table}")) == 0
-    beyond = (path / "events.jsonl").read_text().replace('"data":{', '"data":{"x":1e999,', 1)
+    beyond = (path / "events.jsonl").read_text().replace('"data":{}', '"data":{"x":1e999}', 1)
     told = there.send(pack(rewritten(path, tmp_path / "beyond", "events.jsonl", beyond))).json()
     assert (told["status"], told["code"]) == (422, "export_invalid")
     assert "beyond what 64 bits hold" in told["detail"]
