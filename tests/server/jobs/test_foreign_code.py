@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SOURCES = sorted(p for top in ("probe", "server", "clients") for p in (ROOT / top).rglob("*.py"))
 # The readers that take pickles apart themselves, by a list of names.
 UNPICKLERS = {"probe/checkpoints/dcp_index.py", "probe/checkpoints/olmo_files.py"}
-NEVER = {"eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load",
+NEVER = {"eval", "exec", "compile", "os.system", "os.popen", "yaml.unsafe_load",
          "pickle.load", "pickle.loads", "marshal.loads", "marshal.load", "shelve.open",
          "joblib.load", "dill.load", "dill.loads", "cloudpickle.load", "cloudpickle.loads",
          "pandas.read_pickle", "pd.read_pickle", "runpy.run_path", "imp.load_source"}  # fmt: skip
@@ -55,6 +55,16 @@ def test_no_call_in_the_code_can_run_what_it_reads():
             assert keywords.get("trust_remote_code") is False, where
             num_seen += 1
     assert num_seen > 8  # so that the names looked for are those that are used
+
+
+def test_yaml_makes_plain_values_only():
+    from probe.spec_load import _SpecLoader
+
+    assert issubclass(_SpecLoader, yaml.SafeLoader)
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "yaml.load":
+                assert [ast.unparse(argument) for argument in node.args][1:] == ["_SpecLoader"]
 
 
 def test_pickles_are_taken_apart_in_two_places_only():
