@@ -152,7 +152,11 @@ class JobReads:
                 # condition the database would sort every job of a state, or read all jobs to
                 # find a rare one.
                 both = sa.union_all(*(sa.select(part.subquery()) for part in parts)).subquery()
-                found = sa.select(both).order_by(both.c.id.desc()).limit(sa.bindparam("limit"))
+                found = (
+                    sa.select(both)
+                    .order_by(both.c.id.desc())
+                    .limit(sa.bindparam("limit", type_=sa.Integer))
+                )
             self._statements[shape] = found
         return found
 
@@ -182,7 +186,7 @@ class JobReads:
                 query = query.where(column == sa.bindparam(name))
         if "after" in given:
             query = query.where(order < sa.bindparam("after"))
-        return query.order_by(order.desc()).limit(sa.bindparam("limit"))
+        return query.order_by(order.desc()).limit(sa.bindparam("limit", type_=sa.Integer))
 
 
 def for_reading(engine: sa.Engine) -> sa.Engine:

@@ -1,0 +1,191 @@
+"""Pages of jobs: every filter gives what going through all jobs would, in one order, by indices."""
+
+import json
+import random
+
+import pytest
+import sqlalchemy as sa
+
+from server import job_reads, queue
+from server.event_reads import EventReads
+from server.store import SqlStore
+from server.tables import jobs
+from server.wire import JobError, JobView
+from tests.server.jobs.conftest import _plan as make_plan
+from tests.server.jobs.conftest import make_result
+
+ENDS = {"succeeded": "SUCCESS", "failed": "ERROR", "cancelled": "CANCELLED", "running": "PENDING"}
+
+
+@pytest.fixture
+def store(database_url):
+    store = SqlStore(database_url, worker_stale_s=60)
+    yield store
+    store.close()
+
+
+def set_status(store, job_id, dbos_status, *, settle=True):
+    workflows = queue.workflow_status_table(store.engine)
+    done = sa.null() if dbos_status == "PENDING" else sa.literal_column("updated_at")
+    with store.engine.begin() as connection:
+        connection.execute(
+            sa.update(workflows)
+            .where(workflows.c.workflow_uuid == job_id)
+            .values(status=dbos_status, completed_at=done)
+        )
+    if settle:
+        store.settle(job_id)
+
+
+def add(store, **given):
+    plan = make_plan(**given)
+    return store.create_job(plan=plan, idempotency_key=None, body_sha256="0")[0].id, plan
+
+
+@pytest.fixture
+def many(store):
+    """Forty jobs of every state, device and label; the newest first."""
+    draw = random.Random(3)
+    for number in range(40):
+        labels = {"team": draw.choice("ab"), "n": str(number % 7)}
+        job_id, plan = add(store, labels=labels, device=draw.choice(["auto", "cpu"]), num_units=2)
+        status = draw.choice(["queued", *ENDS])
+        if draw.random() < 0.5:
+            eta_c = draw.choice([0.5, None])
+            store.record_unit(job_id, make_result(plan.units[0], eta_c=eta_c))
+        if status == "failed":
+            store.record_error(job_id, JobError(code="unit_crashed", message="why", unit_id="u"))
+        if status != "queued":  # some have ended and nobody has looked
+            set_status(store, job_id, ENDS[status], settle=draw.random() < 0.8)
+    found, has_more = store.list_jobs(limit=200)
+    assert (len(found), has_more) == (40, False)
+    assert [view.id for view in found] == sorted((view.id for view in found), reverse=True)
+    return found
+
+
+FILTERS = [
+    *({"status": status} for status in ("queued", *ENDS)),
+    {"queue": "cpu"},
+    {"queue": "gpu", "status": "failed"},
+    {"labels": {"team": "a"}},
+    {"labels": {"team": "a", "n": "3"}},
+    {"labels": {"team": "b"}, "status": "succeeded", "queue": "cpu"},
+    {"labels": {"team": "nobody"}},
+    {"kind": "checkpoint_series", "status": "running"},
+    {"kind": "mix_scan"},
+    {"status": "no word of ours"},
+    {"status": None, "kind": None, "queue": None, "labels": None},
+]
+
+
+def passes(view, filters):
+    labels = filters.get("labels") or {}
+    plain = {name: value for name, value in filters.items() if name != "labels" and value}
+    return labels.items() <= view.labels.items() and all(
+        getattr(view, name) == value for name, value in plain.items()
+    )
+
+
+def test_every_filter_and_page_gives_what_going_through_all_jobs_would(store, many):
+    for filters in FILTERS:
+        expected = [view for view in many if passes(view, filters)]
+        for limit in (5, 50):
+            after, seen = None, []
+            while True:
+                page, has_more = store.list_jobs(after=after, limit=limit, **filters)
+                as_json, more_json = store.list_jobs_json(after=after, limit=limit, **filters)
+                assert [JobView.model_validate_json(text) for text in as_json] == page
+                assert has_more == more_json
+                seen += page
+                assert has_more == (len(seen) < len(expected)), filters
+                if not has_more:
+                    break
+                after = page[-1].id
+            assert seen == expected, filters
+
+
+def test_one_job_as_json_is_its_view_with_the_same_members(store, many):
+    for view in many:
+        text = store.get_job_json(view.id)
+        assert JobView.model_validate_json(text) == view == store.get_job(view.id)
+        assert set(json.loads(text)) == set(json.loads(view.model_dump_json()))
+    assert store.get_job_json("job_none") is None
+
+
+def test_what_is_kept_goes_with_its_job_and_is_made_again_for_an_import(store):
+    job_id, _ = add(store)
+    set_status(store, job_id, "SUCCESS")
+    first, _ = store.list_jobs_json()
+    with store.engine.begin() as connection:
+        connection.execute(sa.update(jobs).values(imported_at=5, name="brought here"))
+    second, _ = store.list_jobs_json()
+    assert json.loads(first[0])["name"] == "a series"
+    assert json.loads(second[0])["name"] == "brought here"
+    with store.engine.begin() as connection:
+        connection.execute(sa.delete(jobs))
+    assert store.list_jobs_json() == ([], False)
+    assert store.get_job_json(job_id) is None
+
+
+def test_sums_of_units_stand_in_the_row_of_an_ended_job_and_only_there(store):
+    live, live_plan = add(store)
+    done, plan = add(store)
+    for job_id, made in ((live, live_plan), (done, plan)):
+        store.record_unit(job_id, make_result(made.units[0], num_forward_passes=7))
+        store.record_unit(job_id, make_result(made.units[1], eta_c=None))
+    set_status(store, done, "SUCCESS")
+    with store.engine.connect() as connection:
+        columns = jobs.c.num_finished, jobs.c.num_without_answer, jobs.c.num_forward_passes
+        rows = dict(
+            (row[0], tuple(row[1:])) for row in connection.execute(sa.select(jobs.c.id, *columns))
+        )
+    assert rows == {live: (None, None, None), done: (2, 1, 11)}
+    for job_id in (live, done):
+        view = store.get_job(job_id)
+        assert (view.num_units_finished, view.num_units_without_answer) == (2, 1)
+        assert view.num_forward_passes == 11
+
+
+def test_json_is_kept_up_to_a_size():
+    kept = job_reads._Kept(10)
+    kept.put({"a": b"aaaa", "b": b"bbbb"})
+    assert kept.get({1: "a"}) == {1: b"aaaa"}  # now b is the one not used for longest
+    kept.put({"c": b"cccc", "a": b"aaaa"})
+    assert kept.get({1: "a", 2: "b", 3: "c"}) == {1: b"aaaa", 3: b"cccc"}
+    kept.put({"large": b"x" * 11})
+    assert kept.get({1: "a", 2: "c", 3: "large"}) == {}
+    assert kept._left == 10
+
+
+@pytest.mark.parametrize("filters", FILTERS[:-2])
+def test_a_page_reads_an_index_and_sorts_nothing_that_grows(tmp_path, filters):
+    store = SqlStore(f"sqlite:///{tmp_path / 'probe.db'}")
+    reads = store._reads
+    given = {"limit", "after"} | {k for k in ("kind", "queue") if filters.get(k)}
+    labels = filters.get("labels") or {}
+    names = {"limit": 51, "after": "job_x", "kind": "k", "queue": "cpu"}
+    names |= {f"{word}{n}": "x" for n in range(len(labels)) for word in ("key", "value")}
+    shape = (filters.get("status"), frozenset(given), len(labels))
+    with store.engine.connect() as connection:
+        parts = [reads._part(end, *shape) for end in job_reads._ends(shape[0], "queue" in given)]
+        for part in parts:
+            compiled = part.params(**names).compile(
+                store.engine, compile_kwargs={"literal_binds": True}
+            )
+            plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {compiled}").all()
+            steps = [row[3] for row in plan]
+            assert not any("TEMP B-TREE" in step for step in steps), steps
+            assert not any(step.startswith("SCAN jobs") for step in steps), steps
+    store.close()
+
+
+def test_news_of_a_job_that_is_not_there_is_left_out(store):
+    job_id, _ = add(store)
+    reads = EventReads(store.engine, store.settle)
+    found = reads.news({job_id: 0, "job_none": 0})
+    assert list(found) == [job_id]
+    newest, events = found[job_id]
+    assert (newest, [event.type for event in events]) == (1, ["job.queued"])
+    assert reads.news({job_id: None}) == {job_id: (1, [])}
+    assert reads.news({job_id: 1}) == {job_id: (1, [])}
+    assert reads.news({}) == {}
