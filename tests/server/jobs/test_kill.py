@@ -43,6 +43,7 @@ def test_another_worker_goes_on_with_the_job_of_one_that_is_gone(lab, end):
     assert second.poll() is None
 
 
+@on_sqlite_only
 def test_kill_9_of_the_worker_while_a_gang_starts_and_while_a_retry_waits(lab):
     job_id = lab.submit({0: ["error", "ok"]})
     worker = lab.start_worker(rank_command='["sleep", "600"]')
@@ -68,6 +69,7 @@ def test_a_result_recorded_just_before_the_worker_dies_is_not_measured_again(lab
     lab.assert_whole(job_id, starts=[0, 1, 2])
 
 
+@on_sqlite_only
 def test_kill_9_of_the_rank(lab):
     job_id = lab.submit({1: ["hold"]})
     lab.start_worker()
@@ -111,6 +113,7 @@ def test_kill_9_with_a_true_torchrun_between(lab, victim):
     lab.assert_whole(job_id, starts=[0, 1, 1, 2])
 
 
+@on_sqlite_only
 def test_a_worker_that_dies_before_every_unit_fails_the_job_in_the_end(lab):
     job_id = lab.submit({0: ["hold"]})
     for dispatch in range(1, 4):

@@ -40,6 +40,7 @@ def test_a_job_runs_its_units_in_order_and_tells_what_it_does(lab):
     assert (worker.name, worker.alive, worker.queues) == ("w", True, ["gpu", "cpu"])
 
 
+@on_sqlite_only
 def test_what_can_help_is_tried_again_and_the_numbers_stay_the_same(lab):
     job_id = lab.submit({0: ["error", "ok"], 1: ["exit", "nonsense"], 2: ["error", "exit", "ok"]})
     lab.start_worker()
@@ -72,6 +73,7 @@ def test_a_unit_that_keeps_failing_fails_the_job_with_its_error_and_the_logs_end
     assert [event.data["wait_s"] for event in retrying] == [0.05, 0.1]
 
 
+@on_sqlite_only
 def test_an_error_no_retry_can_help_fails_at_once_and_the_next_job_runs(lab):
     failing, following = lab.submit({0: ["fatal"]}), lab.submit()
     lab.start_worker()
@@ -81,6 +83,7 @@ def test_an_error_no_retry_can_help_fails_at_once_and_the_next_job_runs(lab):
     assert lab.until_status(following, "succeeded", "failed").status == "succeeded"
 
 
+@on_sqlite_only
 def test_a_silent_rank_is_ended_and_its_unit_tried_again(lab):
     job_id = lab.submit({1: ["silent", "ok"]})
     lab.start_worker(unit_no_progress_s=0.3)
@@ -163,6 +166,7 @@ def stop_as_a_machine_does(lab: Any, worker: Any, rank: int) -> None:
     worker.send_signal(signal.SIGTERM)
 
 
+@on_sqlite_only
 @pytest.mark.parametrize(
     ("stop", "act"),
     [(stop_by_sigterm, "stubborn"), (stop_by_ctrl_c, "hold"), (stop_as_a_machine_does, "silent")],
