@@ -21,7 +21,10 @@ import server.api.jobs
 from probe.errors import CheckpointError
 from probe.series import list_checkpoints
 from probe.spec import HubCheckpoints
+from server.api import guard
 from server.api.app import create_app
+from server.api.guard import ADMIN_PATHS
+from server.keys import SCOPES, KeyTable
 from server.settings import Settings
 
 JSON_TYPE = {"Content-Type": "application/json"}
@@ -84,6 +87,51 @@ def test_every_operation_keeps_to_its_description(app, without_hub, submitted, p
     except Unsatisfiable:
         # An operation without anything to get wrong has no negative cases.
         assert mode is GenerationMode.NEGATIVE
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_every_operation_keeps_to_its_description_for_a_key_of_each_scope(
+    store, without_hub, submitted, monkeypatch, scope
+):
+    """Also for those that may not: 403 is described; and without the key nothing is answered."""
+    monkeypatch.setattr(guard, "_WRONG_BURST", 10**6)  # what asks without a key asks a lot
+    _, key = KeyTable(store.engine).create("the key", scope)
+    app = create_app(Settings(rate_limit_per_s=1e6, rate_limit_burst=10**6), store)
+    headers = {"Host": "localhost", "Authorization": f"Bearer {key}"}
+    described = schemathesis.openapi.from_asgi("/openapi.json", app, headers=headers)
+    # A key that may not POST hears that, before it hears whether anyone may.
+    checks = [c for c in CHECKS if scope != "read" or c is not known.unsupported_method]
+    statuses = set()
+
+    def check_all(mode: GenerationMode, path: str, method: str) -> None:
+        @settings(
+            max_examples=3,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=described[path][method].as_strategy(generation_mode=mode))
+        def check(case):
+            answer = case.call_and_validate(
+                "http://localhost", headers=headers, checks=[*checks, known.ignored_auth]
+            )
+            if mode is GenerationMode.POSITIVE:  # the others leave the key out, too
+                statuses.add(answer.status_code)
+
+        try:
+            check()
+        except Unsatisfiable:
+            assert mode is GenerationMode.NEGATIVE
+
+    for mode in GenerationMode:
+        for path, method in OPERATIONS:
+            check_all(mode, path, method)
+    is_short = scope == "read" or (
+        scope == "submit" and any(p in ADMIN_PATHS for p, _ in OPERATIONS)
+    )
+    assert (403 in statuses) == is_short
+    assert 401 not in statuses
 
 
 READ_A_JOB = [path for path, method in OPERATIONS if "{job_id}" in path and method == "get"]
