@@ -142,6 +142,24 @@ def test_nobody_gets_a_new_address_by_saying_so(store, header):
     assert [client.get("/v1/jobs", headers=h).status_code for h in said] == [200, 200, 429]
 
 
+@pytest.mark.parametrize("proxies", [None, "10.0.0.1"])
+def test_a_proxy_is_believed_only_where_the_operator_names_it(monkeypatch, proxies):
+    """uvicorn by itself believes whatever a program on this machine says in X-Forwarded-For."""
+    import uvicorn
+
+    from server.api.__main__ import _serve
+
+    monkeypatch.delenv("FORWARDED_ALLOW_IPS", raising=False)
+    if proxies is not None:
+        monkeypatch.setenv("FORWARDED_ALLOW_IPS", proxies)
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: given.update(options))
+    _serve(None, Settings())
+    assert given["proxy_headers"] is (proxies is not None)
+    assert given["http"] is BoundedHttpProtocol
+    assert "forwarded_allow_ips" not in given  # uvicorn reads the variable
+
+
 def test_wrong_keys_are_limited_more_and_right_ones_go_on(store):
     client = client_of(store, api_keys=[SecretStr(KEY)])
     assert client.get("/v1/jobs", headers=bearer(KEY)).status_code == 200
