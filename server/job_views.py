@@ -51,10 +51,13 @@ def job_views(workflows: sa.Table) -> sa.Select[Any]:
 
 
 def _status(row: Any) -> JobStatus:
-    if row.imported_at is not None:
-        status: JobStatus = row.end_event.removeprefix("job.")
-        return status
-    return queue.job_status(row.dbos_status)
+    if row.imported_at is None and row.dbos_status is not None:
+        return queue.job_status(row.dbos_status)
+    # DBOS has no row of it: imported, or removed by whoever tidied up DBOS's tables by hand.
+    if row.end_event is None:
+        return "failed"
+    status: JobStatus = row.end_event.removeprefix("job.")
+    return status
 
 
 def time_of(ms: int) -> dt.datetime:
@@ -97,6 +100,12 @@ def _tokens_per_pass(spec: Mapping[str, Any]) -> int:
 def _job_error(row: Any) -> JobError | None:
     if _status(row) != "failed":
         return None
+    if row.imported_at is None and row.dbos_status is None and row.end_event is None:
+        return JobError(
+            code="job_lost",
+            message="the queue's row of this job has been removed from the database, and with it "
+            "what state it was in; submit it again",
+        )
     if row.error_code is not None:
         return JobError(code=row.error_code, message=row.error_message, unit_id=row.error_unit_id)
     if row.dbos_status == queue.CRASH_LOOP:
@@ -109,8 +118,8 @@ def _job_error(row: Any) -> JobError | None:
 
 
 def _finished_at(row: Any) -> dt.datetime | None:
-    if row.imported_at is not None:
-        return time_of(row.ended_at)
+    if row.imported_at is not None or row.dbos_status is None:
+        return None if row.ended_at is None else time_of(row.ended_at)
     if row.completed_at is None:
         return None
     # On SQLite DBOS's clock counts whole seconds; the closing event, written after it, tells the

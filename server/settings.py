@@ -114,6 +114,7 @@ class Settings(BaseSettings):
     worker_stale_s: float = Field(
         60.0,
         gt=0,
+        allow_inf_nan=False,
         validate_default=True,  # it has to fit the heartbeat
         description="How long a worker may be silent before it counts as dead and its jobs go to "
         "others; the same for every worker of a database, at least 4 heartbeats.",

@@ -182,7 +182,7 @@ class WebhookSender:
         assert listing is not None
         try:
             answers = await self._resolve(host, port)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter for a part of more than 63 letters
             raise DeliveryError("its host has no address") from error
         for address in answers:
             fault = fault_of_address(address, host, listing)

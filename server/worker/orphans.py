@@ -18,7 +18,7 @@ from dbos import DBOS
 from server import queue, tables
 from server.tables import workers
 from server.worker.heartbeat import longest_gap_s
-from server.worker.name_lock import lock_path, try_lock
+from server.worker.name_lock import NameLock, lock_path, try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -26,18 +26,25 @@ logger = logging.getLogger(__name__)
 def adopt_orphans(engine: sa.Engine, data_dir: Path, own_name: str) -> list[str]:
     """Queue the jobs again that dead workers of this data directory have left.
 
+    A lock file is proof of the instances it names only: a worker of the same name may have been
+    started since with another directory, or on another machine.
+
     Returns:
         Names of the workers whose jobs were queued; usually none.
     """
     workflows = queue.workflow_status_table(engine)
-    query = sa.select(workflows.c.executor_id).distinct()
-    query = query.where(workflows.c.status == "PENDING", workflows.c.executor_id != own_name)
+    query = (
+        sa.select(workflows.c.executor_id, workers.c.instance)
+        .distinct()
+        .select_from(workflows.outerjoin(workers, workers.c.name == workflows.c.executor_id))
+        .where(workflows.c.status == "PENDING", workflows.c.executor_id != own_name)
+    )
     with engine.connect() as connection:
-        names = [name for name in connection.scalars(query) if name]
+        holders = [(name, instance) for name, instance in connection.execute(query) if name]
     adopted = []
-    for name in names:
+    for name, instance in holders:
         # Held meanwhile: a worker of that name that starts now waits, and finds them queued.
-        with _lock_of_a_dead_worker(lock_path(data_dir, name)) as is_dead:
+        with _lock_of_a_dead_worker(lock_path(data_dir, name), instance) as is_dead:
             if is_dead:
                 queue_again([name], "its lock is free")
                 adopted.append(name)
@@ -97,9 +104,10 @@ def queue_again(names: list[str], why: str) -> None:
 
 
 @contextmanager
-def _lock_of_a_dead_worker(path: Path) -> Iterator[bool]:
+def _lock_of_a_dead_worker(path: Path, instance: str | None) -> Iterator[bool]:
     if not path.exists():
         yield False
         return
     with path.open("a+") as file:
-        yield try_lock(file)
+        # Without an instance it was written before there were leases: then the name has to do.
+        yield try_lock(file) and (instance is None or instance in NameLock(file).ended)

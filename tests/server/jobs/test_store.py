@@ -182,6 +182,27 @@ def test_the_end_is_told_once_whoever_sees_it_first(store, create, dbos_status, 
     assert len(store.events_after(view.id, 0)) == 3
 
 
+def test_jobs_whose_row_dbos_no_longer_has_break_no_list(store, create):
+    """Somebody else has removed it: what had ended stays so, the others cannot be told of."""
+    ended, open_ = create()[0].id, create()[0].id
+    store.cancel_job(ended)
+    before = store.get_job(ended)
+    workflows = queue.workflow_status_table(store.engine)
+    with store.engine.begin() as connection:
+        connection.execute(sa.delete(workflows))
+    after = store.get_job(ended)
+    assert after.status == "cancelled"
+    assert after.model_copy(update={"finished_at": None}) == before.model_copy(
+        update={"finished_at": None}
+    )
+    assert after.finished_at >= after.created_at
+    lost = store.get_job(open_)
+    assert (lost.status, lost.error.code, lost.finished_at) == ("failed", "job_lost", None)
+    assert [view.id for view in store.list_jobs()[0]] == [open_, ended]
+    assert len(store.list_jobs_json()[0]) == 2
+    assert store.cancel_job(open_) == lost
+
+
 def test_every_missing_end_is_found_by_the_sweep(store, create):
     ids = [create()[0].id for _ in range(3)]
     for job_id in ids[:2]:

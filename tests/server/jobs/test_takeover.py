@@ -147,6 +147,35 @@ def test_a_name_taken_over_elsewhere_ends_the_worker_that_had_it(lab):
     lab.assert_whole(job_id, starts=[0, 1, 1, 2])
 
 
+def test_a_lock_left_behind_says_nothing_of_a_namesake_elsewhere(lab):
+    """A worker that has moved to another directory is alive, though its old lock is free."""
+    moved = lab.start_worker("w", machine="-a", heartbeat_s=0.2)
+    wait_for_worker(lab, "w")
+    moved.terminate()
+    assert moved.wait(30) == 0
+    lab.start_worker("w", machine="-b", heartbeat_s=0.2)
+    job_id = lab.submit({1: ["hold"]})
+    lab.until_started(job_id, 1)
+    lab.start_worker("other", machine="-a", heartbeat_s=0.2)
+    wait_for_worker(lab, "other")
+    beats = next_beats(lab, "other", 3)
+    assert (beats, running_in(lab, job_id)) == (3, "w")
+    lab.release(job_id)
+    lab.assert_whole(job_id, starts=[0, 1, 2])
+
+
+def next_beats(lab, name, number):
+    """Wait for so many heartbeats of a worker; how many there were."""
+    seen = set()
+
+    def heard_of():
+        seen.update(w.last_heartbeat for w in lab.store.list_workers() if w.name == name)
+        return len(seen) > number
+
+    lab.until(heard_of, f"{number} heartbeats of {name}")
+    return len(seen) - 1
+
+
 def test_a_job_that_the_queue_has_lost_is_brought_back_by_a_new_start(lab):
     """The watchdog: ours by the database, unknown to the process, so nobody would take it."""
     lab.start_worker("w", heartbeat_s=0.2)
@@ -250,3 +279,21 @@ def test_a_restarted_worker_needs_not_wait_for_its_own_lease(lab, signal_number)
     assert stopped == (signal_number == signal.SIGTERM)
     lab.start_worker()
     lab.assert_whole(job_id, starts=[0, 0, 1, 2])
+
+
+def test_a_job_comes_back_to_the_worker_that_slept(lab):
+    """One process then has two executions of it: the first ends before the second begins."""
+    job_id = lab.submit({1: ["hold", "hold"]})
+    worker = lab.start_worker("w", machine="-a", **SHORT)
+    lab.until_started(job_id, 1)
+    first_rank = lab.rank_pid(job_id)
+    lab.freeze(worker.pid)
+    lab.start_worker("of-another-queue", machine="-b", queues="cpu", **SHORT)
+    lab.until_status(job_id, "queued")
+    lab.thaw(worker.pid)
+    lab.until_started(job_id, 1, times=2)
+    assert first_rank not in lab.processes()
+    assert running_in(lab, job_id) == "w"
+    lab.release(job_id)
+    lab.assert_whole(job_id, starts=[0, 1, 1, 2])
+    assert worker.poll() is None
