@@ -26,6 +26,7 @@ _TAGS |= frozenset({"idx", "npz", "packaged", "adam", "l2", "wasserstein"})
 _FORMS = frozenset({"ratio_list", "ratio_grid"})
 # ValueError: what looks like a date and is none, as 2026-13-01.
 _NOT_YAML = (yaml.YAMLError, RecursionError, ValueError)
+_MOST_PROBLEMS = 100  # explaining one takes a while; nobody reads more
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
@@ -120,7 +121,8 @@ def parse_spec(raw: Any) -> JobSpec:
     try:
         return KINDS[kind].model_validate(raw)
     except ValidationError as error:
-        raise SpecError([_problem(KINDS[kind], e) for e in error.errors()]) from None
+        found = error.errors(include_url=False)
+        raise SpecError([_problem(KINDS[kind], e) for e in found[:_MOST_PROBLEMS]]) from None
 
 
 def resolved(spec: SpecModel) -> dict[str, Any]:

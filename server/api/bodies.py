@@ -10,12 +10,18 @@ import math
 from typing import Any, NoReturn
 
 from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
 
 from server.api.problems import ProblemError, invalid
 from server.wire import FieldProblem
 
 _MAX_INT = 2**63 - 1
 _MAX_DEPTH = 40
+_MOST_PROBLEMS = 20
+_SMALL_BYTES = 65_536  # read at once; more would hold up everybody else's requests
+# A value's place: its mapping's or list's, and the key in it. Joined only where it is told: a long
+# key would be copied for every value within.
+_Place = tuple["_Place", str | int] | None
 
 
 async def read_json(request: Request) -> Any:
@@ -32,7 +38,10 @@ async def read_json(request: Request) -> Any:
             "unsupported_media_type",
             f"send Content-Type: application/json, found {media_type[:80]!r}",
         )
-    return parse_json(await _read(request, request.app.state.settings.max_body_bytes))
+    body = await _read(request, request.app.state.settings.max_body_bytes)
+    if len(body) <= _SMALL_BYTES:
+        return parse_json(body)
+    return await run_in_threadpool(parse_json, body)
 
 
 def parse_json(body: bytes) -> Any:
@@ -43,9 +52,9 @@ def parse_json(body: bytes) -> Any:
     except (ValueError, RecursionError) as error:  # also not UTF-8, or a number of 4300 digits
         raise ProblemError(400, "invalid_json", f"the body is not JSON: {error}") from error
     problems: list[FieldProblem] = []
-    _check(value, "", 0, problems)
+    _check(value, None, 0, problems)
     if problems:
-        raise invalid(problems[:20], "config_error")
+        raise invalid(problems, "config_error")
     return value
 
 
@@ -77,7 +86,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _check(value: Any, path: str, depth: int, problems: list[FieldProblem]) -> None:
+def _check(value: Any, at: _Place, depth: int, problems: list[FieldProblem]) -> None:
     message = None
     if depth > _MAX_DEPTH:
         message = f"nested deeper than {_MAX_DEPTH} levels"
@@ -85,21 +94,28 @@ def _check(value: Any, path: str, depth: int, problems: list[FieldProblem]) -> N
         for key, inner in value.items():
             # A key that cannot be stored cannot be echoed either.
             shown = key if _storable(key) else ascii(key)
-            field = f"{path}.{shown}" if path else shown
-            if shown != key:
-                problems.append(FieldProblem(field=field, message=_UNSTORABLE))
-            _check(inner, field, depth + 1, problems)
+            if shown != key and len(problems) < _MOST_PROBLEMS:
+                problems.append(FieldProblem(field=_path((at, shown)), message=_UNSTORABLE))
+            _check(inner, (at, shown), depth + 1, problems)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            _check(inner, f"{path}.{index}" if path else str(index), depth + 1, problems)
+            _check(inner, (at, index), depth + 1, problems)
     elif isinstance(value, str) and not _storable(value):
         message = _UNSTORABLE
     elif isinstance(value, int) and abs(value) > _MAX_INT:
         message = "an integer of more than 64 bits"
     elif isinstance(value, float) and not math.isfinite(value):
         message = "a number beyond what 64 bits hold"  # 1e999 is JSON
-    if message is not None:
-        problems.append(FieldProblem(field=path or "(spec)", message=message))
+    if message is not None and len(problems) < _MOST_PROBLEMS:
+        problems.append(FieldProblem(field=_path(at) or "(spec)", message=message))
+
+
+def _path(at: _Place) -> str:
+    parts: list[str] = []
+    while at is not None:
+        at, part = at
+        parts.append(str(part))
+    return ".".join(reversed(parts))
 
 
 _UNSTORABLE = "text must be valid Unicode without NUL characters"

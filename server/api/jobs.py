@@ -39,6 +39,7 @@ IdempotencyKey = Annotated[
     ),
 ]
 _Label = Annotated[str, Query(pattern=r"^[A-Za-z0-9._/-]{1,63}=[^\x00]{0,255}$")]
+_MOST_LABELS = 32  # a job has no more; each is a join, of which SQLite takes 63
 _BODY_PROBLEMS = responses(400, 413, 415, 422, 503)
 
 
@@ -138,7 +139,10 @@ async def list_jobs(
     status: Annotated[JobStatus | None, Query()] = None,
     kind: Annotated[JobKind | None, Query()] = None,
     queue: Annotated[Queue | None, Query()] = None,
-    label: Annotated[list[_Label] | None, Query(description="key=value; all must match")] = None,
+    label: Annotated[
+        list[_Label] | None,
+        Query(max_length=_MOST_LABELS, description="key=value; all must match"),
+    ] = None,
     after: Annotated[
         str | None,
         Query(pattern=r"^[A-Za-z0-9_-]{1,100}$", description="Id of the last job seen."),

@@ -1,0 +1,76 @@
+"""Attacks that once got through, each kept out: what a table of single requests does not show."""
+
+import json
+import time
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from probe.spec_load import SpecError, parse_spec
+from server.api.app import create_app
+from server.api.bodies import parse_json
+from server.keys import KeyTable
+from server.settings import Settings
+from server.store import SqlStore
+from tests.server.conftest import database_url as database_url  # both kinds of database
+
+LOOPBACK = "http://127.0.0.1"
+TAR = {"Content-Type": "application/x-tar"}
+# What `str.splitlines` or a log takes for the end of a line, and a regular expression's `$` perhaps.
+LINE_BREAKS = ("%0A", "%0D", "%0D%0A", "%0B", "%0C", "%1B", "%C2%85", "%E2%80%A8", "%00", "%7F")
+
+
+def client_of(store: SqlStore, **settings: Any) -> TestClient:
+    app = create_app(Settings(**settings), store)
+    return TestClient(app, LOOPBACK, raise_server_exceptions=False, follow_redirects=False)
+
+
+def bearer(store: SqlStore, scope: Any) -> dict[str, str]:
+    _, key = KeyTable(store.engine).create(f"{scope} key", scope)
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize("end", LINE_BREAKS)
+def test_no_path_with_a_line_break_is_a_route(store, end):
+    """A route's `$` matches before a final line feed, so `jobs:import%0A` was a route, and not
+    the path that asks for scope admin."""
+    headers = bearer(store, "submit")
+    client = client_of(store)
+    answer = client.post(f"/v1/jobs:import{end}", headers=headers | TAR, content=b"")
+    assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
+    assert client.post("/v1/jobs:import", headers=headers | TAR, content=b"").status_code == 403
+    # And `events%0A` was a stream that nothing counted, `healthz%0A` asked nobody who he is.
+    for path in (f"/v1/jobs/none/events{end}", f"/healthz{end}", f"/static/app.js{end}"):
+        answer = client.get(path)
+        assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
+        assert answer.json()["detail"].isprintable()
+
+
+def test_more_labels_than_a_job_has_are_refused(client):
+    """Each is a join: SQLite takes 63, Postgres plans ever longer."""
+    labels = [f"label=key{number}=x" for number in range(33)]
+    assert client.get("/v1/jobs?" + "&".join(labels[:32])).status_code == 200
+    answer = client.get("/v1/jobs?" + "&".join(labels))
+    assert (answer.status_code, answer.json()["code"]) == (422, "validation_error")
+
+
+def seconds(body: bytes) -> float:
+    begin = time.perf_counter()
+    parse_json(body)
+    return time.perf_counter() - begin
+
+
+def test_a_long_key_costs_nothing_for_each_value_within():
+    """It was copied for each of them: 10 s for a body of a megabyte, in the event loop."""
+    values = [0] * 200_000
+    short, long = (json.dumps({"k" * n: values}).encode() for n in (1, 400_000))
+    assert seconds(long) < 5 * seconds(short) + 0.1
+
+
+def test_no_more_problems_of_a_spec_are_explained_than_anybody_reads(series_spec):
+    """Each takes a quarter of a millisecond: 400,000 of them were a megabyte, and 100 s."""
+    series_spec["batches"]["sources"] = [1] * 1000
+    with pytest.raises(SpecError) as caught:
+        parse_spec(series_spec)
+    assert len(caught.value.problems) == 100
