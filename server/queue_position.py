@@ -112,6 +112,7 @@ class Forecast:
         self._keep_s = keep_s
         self._workflows = queue.workflow_status_table(engine)
         self._now = tables.now_ms(engine)
+        self._place, self._num_before = _place_of_one(self._workflows)
         self._lock = threading.Lock()
         self._estimates: dict[str, _Estimates] = {}
 
@@ -153,22 +154,10 @@ class Forecast:
         return {job_id: number for job_id, number in found}
 
     def _position(self, connection: sa.Connection, job_id: str) -> dict[str, int]:
-        own, other = self._workflows.c, self._workflows.alias("other")
-        key = sa.select(own.queue_name, own.priority, own.created_at)
-        mine = connection.execute(
-            key.where(own.workflow_uuid == job_id, _waiting(self._workflows))
-        ).first()
+        mine = connection.execute(self._place, {"id": job_id}).first()
         if mine is None:
             return {}
-        ahead = other.c.priority < mine.priority
-        as_urgent = other.c.priority == mine.priority
-        before = other.c.created_at < mine.created_at
-        same_age = sa.and_(other.c.created_at == mine.created_at, other.c.workflow_uuid <= job_id)
-        number = connection.scalar(
-            sa.select(sa.func.count())
-            .where(other.c.queue_name == mine.queue_name, _waiting(other))
-            .where(sa.or_(ahead, sa.and_(as_urgent, sa.or_(before, same_age))))
-        )
+        number = connection.scalar(self._num_before, {"id": job_id, **mine._mapping})
         return {job_id: number or 1}
 
     def _start(self, connection: sa.Connection, name: str, position: int) -> dt.datetime | None:
@@ -248,6 +237,35 @@ class Forecast:
             .join(self._workflows, row.workflow_uuid == jobs.c.id)
             .where(row.queue_name == name, row.status == status, _in_flight(self._workflows))
         )
+
+
+def _place_of_one(workflows: sa.Table) -> tuple[sa.Select[Any], sa.Select[Any]]:
+    """What a waiting job's place depends on; with that, how many are before it, itself included.
+
+    Made once: every submission asks, and SQLAlchemy takes longer to make them than a database to
+    answer.
+    """
+    own, other = workflows.c, workflows.alias("other")
+    key = sa.select(own.queue_name, own.priority, own.created_at).where(
+        own.workflow_uuid == sa.bindparam("id"), _waiting(workflows)
+    )
+    mine = {name: sa.bindparam(name) for name in ("queue_name", "priority", "created_at", "id")}
+    as_urgent = other.c.priority == mine["priority"]
+    before = other.c.created_at < mine["created_at"]
+    same_age = sa.and_(
+        other.c.created_at == mine["created_at"], other.c.workflow_uuid <= mine["id"]
+    )
+    number = (
+        sa.select(sa.func.count())
+        .where(other.c.queue_name == mine["queue_name"], _waiting(other))
+        .where(
+            sa.or_(
+                other.c.priority < mine["priority"],
+                sa.and_(as_urgent, sa.or_(before, same_age)),
+            )
+        )
+    )
+    return key, number
 
 
 def _waiting(workflows: sa.FromClause) -> sa.ColumnElement[bool]:

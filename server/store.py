@@ -39,6 +39,7 @@ class SqlStore:
         self._worker_stale_ms = int(worker_stale_s * 1000)
         self._workflows = queue.workflow_status_table(self.engine)
         self._now = tables.now_ms(self.engine)
+        self._count, self._count_and_close = _count_event(self._now)
         self._event_reads = EventReads(self.engine, self.settle)
         self._reads = JobReads(self.engine, Forecast(self.engine, worker_stale_s))
         try:
@@ -271,20 +272,15 @@ class SqlStore:
     ) -> Event | None:
         # The counter's row is locked until the commit, so ids have no gaps and no duplicates;
         # once end_event is set nothing is added, so a job ends exactly once.
-        counted: dict[str, Any] = {"num_events": jobs.c.num_events + 1}
-        if type.removeprefix("job.") in TERMINAL:
-            counted |= {"end_event": type, "ended_at": self._now, **UNIT_TOTALS}
-        row = connection.execute(
-            sa.update(jobs)
-            .where(jobs.c.id == job_id, jobs.c.end_event.is_(None))
-            .values(**counted)
-            .returning(jobs.c.num_events, self._now.label("at"), jobs.c.webhook)
-        ).first()
+        closes = type.removeprefix("job.") in TERMINAL
+        count = self._count_and_close if closes else self._count
+        values = {"event_job": job_id} | ({"event_type": type} if closes else {})
+        row = connection.execute(count, values).first()
         if row is None:
             return None
         event = {"seq": row.num_events, "type": type, "at": row.at, "data": data}
-        connection.execute(sa.insert(events).values(job_id=job_id, **event))
-        if row.webhook is not None and "end_event" in counted:
+        connection.execute(sa.insert(events), {"job_id": job_id, **event})
+        if row.webhook is not None and closes:
             self._queue_delivery(connection, job_id, row.webhook, type, row.at)
         return Event(id=row.num_events, type=type, at=time_of(row.at), data=data)
 
@@ -364,3 +360,15 @@ class SqlStore:
 
     def ready(self) -> Readiness:
         return look(self.engine, self._revision)
+
+
+def _count_event(now: sa.ColumnElement[int]) -> tuple[Any, Any]:
+    """Takes the next event id of an open job; the second one closes it, too. Made once."""
+    count = (
+        sa.update(jobs)
+        .where(jobs.c.id == sa.bindparam("event_job"), jobs.c.end_event.is_(None))
+        .values(num_events=jobs.c.num_events + 1)
+        .returning(jobs.c.num_events, now.label("at"), jobs.c.webhook)
+    )
+    event_type = sa.bindparam("event_type")
+    return count, count.values(end_event=event_type, ended_at=now, **UNIT_TOTALS)
