@@ -87,7 +87,8 @@ def test_the_node_s_variables_win_but_for_threads(node, monkeypatch, tmp_path):
 @pytest.mark.parametrize(("num_ranks", "expected"), [(1, None), (2, max(1, os.cpu_count() // 2))])
 def test_cores_are_shared_among_the_ranks_of_a_node(node, monkeypatch, num_ranks, expected):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")  # Ray's, for five CPUs
-    show = python("print(os.environ.get('OMP_NUM_THREADS'))")
+    # In one write: the ranks share a pipe.
+    show = python("os.write(1, f\"{os.environ.get('OMP_NUM_THREADS')} \".encode())")
     node.start(plan(*show, num_ranks=num_ranks, directory="/not/there"))
     assert set(reports(node)[0].split()) == {str(expected)}
 
