@@ -300,9 +300,8 @@ class ProbeClient:
 
     def import_archive(self, archive: bytes) -> tuple[JobView, bool]:
         """The job of an export made by `clients.transfer`; False: it was there already."""
-        headers = {"Content-Type": ARCHIVE_TYPE}
-        options: dict[str, Any] = {"headers": headers, "timeout": _IMPORT_S, "repeat": True}
-        answer = self._send("POST", "/v1/jobs:import", content=archive, **options)
+        sent = {"headers": {"Content-Type": ARCHIVE_TYPE}, "content": archive}
+        answer = self._send("POST", "/v1/jobs:import", repeat=True, timeout=_IMPORT_S, **sent)
         return parse(JobView, answer), answer.status_code == 201
 
     # The server

@@ -249,7 +249,9 @@ def _place_of_one(workflows: sa.Table) -> tuple[sa.Select[Any], sa.Select[Any]]:
     key = sa.select(own.queue_name, own.priority, own.created_at).where(
         own.workflow_uuid == sa.bindparam("id"), _waiting(workflows)
     )
-    mine = {name: sa.bindparam(name) for name in ("queue_name", "priority", "created_at", "id")}
+    mine: dict[str, sa.BindParameter[Any]] = {
+        name: sa.bindparam(name) for name in ("queue_name", "priority", "created_at", "id")
+    }
     as_urgent = other.c.priority == mine["priority"]
     before = other.c.created_at < mine["created_at"]
     same_age = sa.and_(
