@@ -25,6 +25,7 @@ def set_up_logging(settings: Settings, **fields: str) -> None:
         settings: Format, level, and what must not be shown.
         fields: What every JSON record of this process carries, its worker for example.
     """
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every step of its own
     if settings.log_format == "json":
         learn_settings(settings)
         protect_tracebacks()

@@ -3,7 +3,7 @@
 import time
 
 import sqlalchemy as sa
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from server import queue
 from server.errors import StoreNotReadyError
@@ -40,6 +40,14 @@ def look(engine: sa.Engine, needed: str) -> Readiness:
             state,
         )
     return state
+
+
+def not_reached(error: OperationalError) -> StoreNotReadyError:
+    """The error of a program that cannot start for want of its database, in one sentence."""
+    return StoreNotReadyError(
+        f"the database does not answer: {str(error.orig).strip()}. Start it, or correct "
+        "PROBE_DATABASE_URL, then start this again"
+    )
 
 
 def _state(

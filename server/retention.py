@@ -23,6 +23,7 @@ from server.wire import TERMINAL
 logger = logging.getLogger(__name__)
 
 _BATCH = 20  # jobs to a transaction; a long one has thousands of events
+_LONGEST_S = 1e12  # longer ago than any job; what is more may not fit a column
 _FREE_PAGES = 2000  # of SQLite to a step: some 8 MB
 
 
@@ -100,7 +101,8 @@ def candidates(engine: sa.Engine, rules: Rules) -> list[Candidate]:
 def _conditions(engine: sa.Engine, rules: Rules) -> Iterator[sa.ColumnElement[bool]]:
     yield _is_over()
     if rules.older_than_s is not None:
-        yield tables.now_ms(engine) - jobs.c.ended_at >= int(rules.older_than_s * 1000)
+        age_s = min(rules.older_than_s, _LONGEST_S)
+        yield tables.now_ms(engine) - jobs.c.ended_at >= int(age_s * 1000)
     if rules.statuses:
         yield jobs.c.end_event.in_([f"job.{status}" for status in rules.statuses])
     if rules.kinds:

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from probe.errors import ConfigError
+from probe.errors import ConfigError, ProbeError
 from server.api.check import what_is_wrong
 from server.redaction import redact
 from server.settings import Settings
@@ -19,7 +19,7 @@ _GRACE_S = 5
 
 
 def main() -> int:
-    """Serve until SIGINT or SIGTERM; exit code 2 for settings that are refused."""
+    """Serve until SIGINT or SIGTERM; exit code 2: settings refused, 1: the database."""
     parser = argparse.ArgumentParser(prog="python -m server.api", description=__doc__)
     parser.add_argument("--host", help="address to listen on (default: PROBE_HOST or 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port (default: PROBE_PORT or 8765; 0: any)")
@@ -39,6 +39,9 @@ def main() -> int:
     except (ConfigError, ValueError) as error:
         print(redact(f"{parser.prog}: {error}"), file=sys.stderr)  # noqa: T201
         return 2
+    except ProbeError as error:
+        print(redact(f"{parser.prog}: {error}"), file=sys.stderr)  # noqa: T201
+        return 1
     try:
         _serve(app, settings)
     finally:
@@ -54,13 +57,19 @@ def _end_tracing() -> None:
 
 def _prepare(settings: Settings) -> "FastAPI":
     # here, because a health check runs every few seconds and needs none of it
+    from sqlalchemy.exc import OperationalError
+
     from server.api.app import create_app
     from server.log_format import set_up_logging
+    from server.readiness import not_reached
     from server.tracing import set_up_tracing
 
     set_up_logging(settings)
     set_up_tracing("sharpness-probe-server")
-    return create_app(settings)
+    try:
+        return create_app(settings)
+    except OperationalError as error:
+        raise not_reached(error) from error
 
 
 def _serve(app: "FastAPI", settings: Settings) -> None:

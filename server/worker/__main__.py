@@ -6,9 +6,11 @@ import sys
 from typing import Any
 
 from pydantic import ValidationError
+from sqlalchemy.exc import OperationalError
 
 from probe.errors import ProbeError
 from server.log_format import set_up_logging
+from server.readiness import not_reached
 from server.redaction import redact
 from server.settings import Settings
 from server.tracing import end_tracing, set_up_tracing
@@ -67,6 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         run_worker(settings)
     except ProbeError as error:
         logging.getLogger(__name__).error("%s", error)
+        return 1
+    except OperationalError as error:  # at the start only: later ones are waited out
+        logging.getLogger(__name__).error("%s", not_reached(error))
         return 1
     finally:
         end_tracing()

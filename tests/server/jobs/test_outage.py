@@ -1,5 +1,8 @@
 """The database goes away while jobs run: they wait for it, and no worker takes a living one's."""
 
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -111,3 +114,24 @@ def test_pitfall_7_no_living_job_is_stolen_after_an_outage_longer_than_the_lease
     lab.release(held)
     lab.assert_whole(held, starts=[0, 1, 2])
     assert judge.poll() is None
+
+
+@pytest.mark.parametrize("module", ["server.worker", "server.api"])
+def test_a_start_without_a_database_ends_in_one_sentence(tmp_path, module):
+    """No traceback, and no password; a supervisor tries again."""
+    environment = {
+        "PROBE_DATA_DIR": str(tmp_path),
+        "PROBE_DATABASE_URL": f"postgresql://probe:hunter2@/probe?host={tmp_path}/nowhere",
+    }
+    ran = subprocess.run(
+        [sys.executable, "-m", module],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert "the database does not answer" in ran.stderr
+    assert "correct PROBE_DATABASE_URL" in ran.stderr
+    assert not any(word in ran.stderr for word in ("Traceback", "hunter2", "alembic"))

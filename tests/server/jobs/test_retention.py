@@ -106,6 +106,7 @@ def test_every_rule_has_to_pick_a_job(store, ended):
     ended("PENDING", days=300)
     assert picked(store, older_than_s=90 * DAY_S) == [old, failed, cancelled]
     assert picked(store, older_than_s=0.0) == [old, failed, young, cancelled]
+    assert picked(store, older_than_s=1e30) == []  # fits no column
     assert picked(store, statuses=["failed", "cancelled"]) == [failed, cancelled]
     assert picked(store, kinds=["mix_scan"]) == [cancelled]
     assert picked(store, labels={"project": "demo"}) == [old, failed]

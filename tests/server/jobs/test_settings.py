@@ -58,3 +58,8 @@ def test_postgres_is_named_as_everywhere_else(scheme):
 def test_a_wrong_value_is_refused(wrong):
     with pytest.raises(ValidationError):
         Settings(**wrong)
+
+
+def test_a_lease_ends():
+    with pytest.raises(ValidationError, match="worker_stale_s"):
+        Settings(worker_stale_s=float("inf"))
