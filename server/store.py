@@ -370,5 +370,5 @@ def _count_event(now: sa.ColumnElement[int]) -> tuple[Any, Any]:
         .values(num_events=jobs.c.num_events + 1)
         .returning(jobs.c.num_events, now.label("at"), jobs.c.webhook)
     )
-    event_type = sa.bindparam("event_type")
+    event_type: sa.BindParameter[str] = sa.bindparam("event_type")
     return count, count.values(end_event=event_type, ended_at=now, **UNIT_TOTALS)
