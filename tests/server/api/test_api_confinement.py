@@ -211,6 +211,21 @@ def test_every_path_of_every_kind_is_confined(field, spec, mix_spec, root, works
         assert refusal(confinement, parsed) == ("path_not_allowed", field), value
 
 
+def test_an_address_is_no_file_even_where_the_service_runs_in_a_root(
+    spec, mix_spec, root, monkeypatch
+):
+    """There `file:///x` would be a file within the root to a check, and `/x` to some readers."""
+    monkeypatch.chdir(root)
+    confinement = Confinement(roots=[root])
+    for value in ("file:///etc/passwd", "s3://b/x", "hf://o/r", "HTTP://h/x", "zip://a::file:///x"):
+        job = job_with("batches.sources.paths", value, spec, mix_spec, root)
+        assert refusal(confinement, parse_spec(job)) == (
+            *("path_not_allowed", "batches.sources.paths"),
+        )
+    relative = job_with("batches.sources.paths", "text.jsonl", spec, mix_spec, root)
+    assert refusal(confinement, parse_spec(relative)) is None
+
+
 def test_globs_are_followed_to_what_they_match(spec, mix_spec, root):
     confinement = Confinement(roots=[root])
     job = job_with("batches.sources.paths", f"{root}/runs/**", spec, mix_spec, root)
