@@ -121,8 +121,8 @@ def parse_spec(raw: Any) -> JobSpec:
     try:
         return KINDS[kind].model_validate(raw)
     except ValidationError as error:
-        found = error.errors(include_url=False)
-        raise SpecError([_problem(KINDS[kind], e) for e in found[:_MOST_PROBLEMS]]) from None
+        faults = error.errors(include_url=False)[:_MOST_PROBLEMS]
+        raise SpecError([_problem(KINDS[kind], fault) for fault in faults]) from None
 
 
 def resolved(spec: SpecModel) -> dict[str, Any]:

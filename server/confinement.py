@@ -26,6 +26,7 @@ _GLOB = re.compile(r"[*?\[]")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 _MAX_MATCHES = 100_000
+_MOST_ANY_DEPTH = 2  # each multiplies the directories read by the depth of the tree
 _MAX_PATH_BYTES = 4096  # the kernel's own limit
 
 
@@ -184,6 +185,10 @@ class Confinement:
     def _check_pattern(self, pattern: str, field: str) -> None:
         self._check_text(pattern, field)
         parts = Path(pattern).parts
+        if parts.count("**") > _MOST_ANY_DEPTH:
+            raise PathNotAllowedError(
+                field, f"{pattern[:200]!r} has ** more than {_MOST_ANY_DEPTH} times; once is enough"
+            )
         fixed = list(itertools.takewhile(lambda part: not _GLOB.search(part), parts))
         self._check_path(Path(*fixed), field)
         # Readers take what has exactly that name first, whatever brackets are in it.

@@ -7,7 +7,7 @@ so a job is here with all its results and events, or not at all.
 import datetime as dt
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ from server.tables import events, job_labels, jobs, unit_results
 from server.wire import TERMINAL, Event, JobView
 
 _PAGE = 1000
+_FIRST_YEAR, _LAST_YEAR = 1970, 9000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ def check_record(record: JobRecord) -> None:
     if view.status not in TERMINAL:
         raise InvalidExportError(f"job.json: the job is {view.status}, only ended ones are taken")
     spec = parse_spec(view.spec)
+    if "webhook" in view.spec:  # perhaps a secret, and it would be shown
+        raise InvalidExportError("job.json: a webhook is never exported, found one in the spec")
     _same("kind", view.kind, spec.kind)
     _same("name", view.name, spec.name)
     _same("labels", view.labels, spec.labels)
@@ -85,10 +88,20 @@ def _check_times(view: JobView) -> None:
     if view.finished_at is None:
         raise InvalidExportError("job.json: a job that has ended has a finished_at")
     moments = [m for m in (view.created_at, view.started_at, view.finished_at) if m is not None]
-    if any(moment.tzinfo is None for moment in moments):
-        raise InvalidExportError("job.json: times need a zone")
+    _check_readable("job.json", moments)
     if moments != sorted(moments):
         raise InvalidExportError("job.json: created_at, started_at, finished_at are out of order")
+
+
+def _check_readable(name: str, moments: Iterable[dt.datetime]) -> None:
+    for moment in moments:
+        if moment.tzinfo is None:
+            raise InvalidExportError(f"{name}: times need a zone")
+        # Beyond, in another zone, are times that can be written and not read again.
+        if not _FIRST_YEAR <= moment.year <= _LAST_YEAR:
+            raise InvalidExportError(
+                f"{name}: {moment.isoformat()} is not in the years {_FIRST_YEAR} to {_LAST_YEAR}"
+            )
 
 
 def _check_results(record: JobRecord) -> None:
@@ -116,8 +129,7 @@ def _check_events(record: JobRecord) -> None:
     closing = [event.id for event in found if event.type.removeprefix("job.") in TERMINAL]
     _same("closing events", closing, [len(found)])
     _same("the last event", found[-1].type, f"job.{record.view.status}")
-    if any(event.at.tzinfo is None for event in found):
-        raise InvalidExportError("events.jsonl: times need a zone")
+    _check_readable("events.jsonl", [event.at for event in found])
 
 
 def _check_row(record: JobRecord) -> None:

@@ -257,7 +257,7 @@ def _check_target(scope: Scope) -> None:
     # A route's pattern ends before a line break at the end of the path, a comparison here does
     # not; and such a path would end up in logs.
     if not scope["path"].isprintable():
-        raise ProblemError(404, "not_found", f"there is nothing at {ascii(scope['path'][:200])}")
+        raise ProblemError(404, "not_found", f"there is nothing at {scope['path'][:200]!a}")
     target = len(scope.get("raw_path") or scope["path"].encode()) + len(scope["query_string"])
     if target > _MAX_TARGET_BYTES:
         raise ProblemError(

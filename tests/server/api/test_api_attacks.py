@@ -17,7 +17,7 @@ from tests.server.conftest import database_url as database_url  # both kinds of 
 
 LOOPBACK = "http://127.0.0.1"
 TAR = {"Content-Type": "application/x-tar"}
-# What `str.splitlines` or a log takes for the end of a line, and a regular expression's `$` perhaps.
+# What a log or a terminal takes for the end of a line, and a regular expression's `$` perhaps.
 LINE_BREAKS = ("%0A", "%0D", "%0D%0A", "%0B", "%0C", "%1B", "%C2%85", "%E2%80%A8", "%00", "%7F")
 
 
@@ -74,3 +74,19 @@ def test_no_more_problems_of_a_spec_are_explained_than_anybody_reads(series_spec
     with pytest.raises(SpecError) as caught:
         parse_spec(series_spec)
     assert len(caught.value.problems) == 100
+
+
+@pytest.mark.parametrize("roots", [True, False])
+def test_a_pattern_reads_no_tree_again_and_again(store, spec, workspace, roots):
+    """`**` in a row read the tree once for each way to share its depth among them: hours, in one
+    of the server's threads."""
+    client = client_of(store, roots=[workspace] if roots else [])
+    many = f"{workspace}/" + "**/" * 300
+    refused = client.post("/v1/checkpoints", json={"source": "local", "path": many + "step-*"})
+    assert (refused.status_code, refused.json()["code"]) == (422, "path_not_allowed")
+    source = spec["batches"]["sources"][0]
+    source["paths"] = [many + "text.jsonl"]
+    refused = client.post("/v1/jobs:plan", json=spec)
+    assert (refused.status_code, refused.json()["code"]) == (422, "path_not_allowed")
+    source["paths"] = [f"{workspace}/**/text.jsonl"]
+    assert client.post("/v1/jobs:plan", json=spec).status_code == 200
