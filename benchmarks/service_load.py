@@ -324,6 +324,8 @@ def soak(
     assert set(done["statuses"]) <= {"200", "202"}, done["statuses"]
     # After a fifth of the time caches are full and every code path has been taken.
     settled = [mib for at, mib in samples if at >= options.soak_s / 5]
+    every = samples[:: max(1, len(samples) // 10)]
+    print("resident MiB: " + ", ".join(f"{mib:.0f} at {at:.0f} s" for at, mib in every))
     part = max(1, len(settled) // 10)
     early, late = sum(settled[:part]) / part, sum(settled[-part:]) / part
     per_request = (late - early) * 2**20 / (done["num_requests"] * 0.8)
