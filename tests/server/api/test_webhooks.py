@@ -40,7 +40,7 @@ class Receiver:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 receiver.requests.append((dict(self.headers), body))
                 if receiver.hold is not None:
                     receiver.hold.wait(DEADLINE_S)
@@ -314,7 +314,8 @@ def test_nothing_goes_where_a_name_must_not_lead(
     monkeypatch.setattr(WebhookSender, "_resolve", resolve)
     send(store, hooks, lambda: rows(store)[0].last_error is not None)
     assert receiver.requests == []
-    assert "hooks.example" not in rows(store)[0].last_error
+    why = "its name resolved to" if answers else "its host has no address"
+    assert rows(store)[0].last_error.startswith(why)
 
 
 @on_sqlite_only
