@@ -43,6 +43,7 @@ class _Feed:
         self.num_streams = 0
         self.last: int | None = None  # id of the newest event known; None before the first look
         self.gone = False  # the job was removed
+        self.closed = False  # nothing follows what is known
         self.news = asyncio.Event()
         self._kept: deque[_Ready] = deque(maxlen=_KEPT)
 
@@ -58,7 +59,9 @@ class _Feed:
     def add(self, last: int, events: list[Event]) -> None:
         if self.last == last:
             return
-        self._kept.extend(_Ready(event) for event in events)
+        ready = [_Ready(event) for event in events]
+        self._kept.extend(ready)
+        self.closed = any(event.closes for event in ready)
         self.last = self._kept[-1].id if events else last
         self.tell()
 
@@ -107,6 +110,8 @@ class EventHub:
                 else:
                     pending = kept
                 if not pending:
+                    if feed.closed:  # the reader named an id that the job never came to
+                        return
                     await news.wait()
 
     @contextmanager

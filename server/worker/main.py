@@ -225,7 +225,11 @@ def _without_expected_ends(record: logging.LogRecord) -> bool:
     """Drop what DBOS says of a failed unit, a cancelled or taken job, a stop: told by us."""
     raised = record.exc_info[1] if record.exc_info else None
     if isinstance(
-        raised, UnitFailedError | JobTakenError | error.DBOSAwaitedWorkflowCancelledError
+        raised,
+        UnitFailedError
+        | JobTakenError
+        | error.DBOSAwaitedWorkflowCancelledError
+        | error.DBOSNonExistentWorkflowError,  # cancelled and at once removed
     ):
         return False
     message = record.getMessage()

@@ -197,6 +197,27 @@ def test_streams_outlive_a_database_that_is_away(served, store, submitted, end_j
         assert [line for line in lines if line.startswith("id: ")] == ["id: 2", "id: 3"]
 
 
+def test_a_reader_that_names_an_id_too_high_is_let_go_at_the_end(
+    served, store, submitted, end_job, monkeypatch
+):
+    """Of another database, or of this one before it was put back from a copy."""
+    real, looked = store.news, threading.Semaphore(0)
+
+    def look(known):
+        found = real(known)
+        looked.release()
+        return found
+
+    monkeypatch.setattr(store, "news", look)
+    url = f"{served}/v1/jobs/{submitted}/events"
+    with httpx.stream("GET", url, params={"after": 999}, timeout=DEADLINE_S) as response:
+        assert all(
+            looked.acquire(timeout=DEADLINE_S) for _ in range(2)
+        )  # the second knows the last
+        end_job(submitted)
+        assert parse(response.iter_lines()) == []
+
+
 def test_the_stream_of_a_job_that_is_removed_ends(served, store, submitted):
     with httpx.stream("GET", f"{served}/v1/jobs/{submitted}/events", timeout=DEADLINE_S) as answer:
         lines = answer.iter_lines()
