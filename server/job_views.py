@@ -106,14 +106,15 @@ def _job_error(row: Any) -> JobError | None:
             message="the queue's row of this job has been removed from the database, and with it "
             "what state it was in; submit it again",
         )
-    if row.error_code is not None:
-        return JobError(code=row.error_code, message=row.error_message, unit_id=row.error_unit_id)
+    # First: what is noted beside it is of an earlier try, which was not what the job failed of.
     if row.dbos_status == queue.CRASH_LOOP:
         return JobError(
             code="worker_crash_loop",
             message=f"the job was started {row.recovery_attempts} times and its worker died each "
             "time before a unit was finished; see the worker's log",
         )
+    if row.error_code is not None:
+        return JobError(code=row.error_code, message=row.error_message, unit_id=row.error_unit_id)
     return JobError(code="internal_error", message="the worker's log tells what happened")
 
 

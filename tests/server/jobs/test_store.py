@@ -226,6 +226,13 @@ def test_a_failure_shows_only_once_the_job_has_failed(store, create, make_result
     assert store.get_job(view.id).error.code == "internal_error"
 
 
+def test_a_crash_loop_is_told_of_also_after_an_ordinary_failed_try(store, create):
+    view, _ = create()
+    store.record_error(view.id, JobError(code="unit_stalled", message="why", unit_id="0000-step-0"))
+    set_dbos_status(store, view.id, "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
+    assert store.get_job(view.id).error.code == "worker_crash_loop"
+
+
 def test_a_finished_unit_clears_the_count_towards_a_crash_loop(store, create, make_result):
     view, _ = create()
     set_dbos_status(store, view.id, "PENDING", recovery_attempts=9)
