@@ -15,6 +15,7 @@ import datetime as dt
 import hashlib
 import io
 import os
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -34,6 +35,7 @@ from server.wire import (
     JobView,
 )
 
+_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _CHARTS = {"chart.svg": "svg", "chart.png": "png", "chart.vl.json": "vega"}
 
 
@@ -59,6 +61,8 @@ def export_job(
         NotFoundError: There is no such job.
     """
     view = client.job(job_id)
+    if not _ID.fullmatch(view.id):  # it becomes a path here
+        raise ExportError(f"the server tells of a job {view.id[:60]!r}, which is no job's id")
     if view.status not in TERMINAL and not partial:
         raise ExportError(
             f"job {view.id} is {view.status}: wait for its end, or export what there is with "

@@ -7,6 +7,7 @@ and so that event streams pass through it unbuffered. It also sets the headers o
 import ipaddress
 import time
 from collections import OrderedDict
+from functools import partial
 from urllib.parse import urlsplit
 
 from anyio import to_thread
@@ -20,11 +21,13 @@ from server.api.callers import (
     Caller,
     Credentials,
     Keyring,
+    caller_of,
     credentials_of,
     remember_caller,
 )
 from server.api.limits import Buckets, Slots, network_of, retry_after
 from server.api.problems import ProblemError, database_problem
+from server.api.revocation import stream_while
 from server.keys import KeyScope
 from server.settings import Settings
 
@@ -39,6 +42,7 @@ _MAX_HEADER_BYTES = 32_768
 # Of wrong keys, per address: enough for typing errors and stale cookies, nothing for guessing.
 _WRONG_PER_S, _WRONG_BURST = 0.2, 20
 _KNOWN_S, _MOST_KNOWN = 600.0, 10_000
+_RECHECK_S = 5.0  # how often an open stream's key is looked at again
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
@@ -115,6 +119,15 @@ class Gate:
             self._known.popitem(last=False)
         return caller
 
+    async def still_opens(self, credentials: Credentials) -> bool:
+        """Whether credentials that were let in would be again; yes where that cannot be asked."""
+        try:
+            if self._keyring.needs_query(credentials):
+                return await to_thread.run_sync(self._keyring.check, credentials) is not None
+            return self._keyring.check(credentials) is not None
+        except SQLAlchemyError:
+            return True  # an outage of the database ends no stream
+
     def count(self, caller: str) -> None:
         """Count one request.
 
@@ -176,9 +189,17 @@ class Guard:
             await refusal.response()(scope, receive, send)
             return
         try:
-            await self.app(scope, receive, send)
+            await self._stream(scope, receive, send)
         finally:
             self._gate.streams.give_back(caller)
+
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        credentials = credentials_of(Headers(scope=scope))
+        if credentials is None or caller_of(scope) is ANYONE:
+            await self.app(scope, receive, send)
+            return
+        still_opens = partial(self._gate.still_opens, credentials)
+        await stream_while(still_opens, self.app, scope, receive, send, every_s=_RECHECK_S)
 
     async def _let_in(self, scope: Scope) -> str:
         """Whom the request counts for.

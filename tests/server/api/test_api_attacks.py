@@ -2,12 +2,17 @@
 
 import json
 import time
+from itertools import islice
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 
+from clients.http import ProbeClient
+from clients.transfer import ExportError, export_job
 from probe.spec_load import SpecError, parse_spec
+from server.api import guard
 from server.api.app import create_app
 from server.api.bodies import parse_json
 from server.keys import KeyTable
@@ -90,3 +95,42 @@ def test_a_pattern_reads_no_tree_again_and_again(store, spec, workspace, roots):
     assert (refused.status_code, refused.json()["code"]) == (422, "path_not_allowed")
     source["paths"] = [f"{workspace}/**/text.jsonl"]
     assert client.post("/v1/jobs:plan", json=spec).status_code == 200
+
+
+@pytest.fixture
+def keys(store: SqlStore) -> dict[str, str]:
+    """Made before the app, so that it asks for them from the first request on."""
+    table = KeyTable(store.engine)
+    return {name: table.create(name, "submit")[1] for name in ("alice", "bob")}
+
+
+def test_a_stream_ends_with_the_key_it_was_opened_with(keys, served, store, spec, monkeypatch):
+    """It went on for as long as the job, to whoever had the key."""
+    monkeypatch.setattr(guard, "_RECHECK_S", 0.05)
+    alice, bob = ({"Authorization": f"Bearer {key}"} for key in keys.values())
+    job_id = httpx.post(f"{served}/v1/jobs", json=spec, headers=alice).json()["id"]
+    url = f"{served}/v1/jobs/{job_id}/events"
+    with (
+        httpx.stream("GET", url, headers=alice, timeout=30) as of_alice,
+        httpx.stream("GET", url, headers=bob, timeout=30) as of_bob,
+    ):
+        still_open = of_bob.iter_lines()
+        assert next(still_open) == "id: 1"
+        KeyTable(store.engine).revoke("alice")
+        # To its end, in order: an answer that is cut off raises.
+        lines = list(islice(of_alice.iter_lines(), 300))  # heartbeats would go on for ever
+        assert "id: 1" in lines
+        assert len(lines) < 300
+        store.append_event(job_id, "unit.started", {"unit_id": "0", "index": 0})
+        assert "id: 2" in still_open
+    assert httpx.get(url, headers=alice).status_code == 401
+
+
+@pytest.mark.parametrize("job_id", ["/tmp/elsewhere", "../../elsewhere", ".", "a/b", "job_\n"])
+def test_a_server_does_not_say_where_an_export_is_written(client, submitted, tmp_path, job_id):
+    """The folder is named after the id that the server tells, which was believed."""
+    told = client.get(f"/v1/jobs/{submitted}").json() | {"id": job_id, "status": "failed"}
+    evil = httpx.MockTransport(lambda _request: httpx.Response(200, json=told))
+    with pytest.raises(ExportError, match="no job's id"):
+        export_job(ProbeClient(LOOPBACK, transport=evil), submitted, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
