@@ -23,6 +23,7 @@ from server.tables import api_keys
 KeyScope = Literal["read", "submit", "admin"]  # each holds what stands before it
 SCOPES: tuple[KeyScope, ...] = get_args(KeyScope)
 KEY_PATTERN = re.compile(r"spk_([a-z0-9]{12})_([A-Za-z0-9_-]{43})")
+_KEY_ID = re.compile(r"[a-z0-9]{12}")
 _ID_CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 _SECRET_BYTES = 32
 _USED_EVERY_MS = 60_000  # a busy key must not mean a write per request
@@ -58,6 +59,11 @@ class StoredKey:
             return "revoked"
         is_over = self.expires_at is not None and self.expires_at <= self.read_at
         return "expired" if is_over else "active"
+
+
+def is_key_id(text: str) -> bool:
+    """Whether a key can have this id."""
+    return _KEY_ID.fullmatch(text) is not None
 
 
 def session_token(secret: str) -> str:

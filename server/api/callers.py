@@ -18,7 +18,15 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from server.keys import KEY_PATTERN, SCOPES, KeyScope, KeyTable, StoredKey, session_token
+from server.keys import (
+    KEY_PATTERN,
+    SCOPES,
+    KeyScope,
+    KeyTable,
+    StoredKey,
+    is_key_id,
+    session_token,
+)
 from server.keys import token_sha256 as sha256_of_token
 from server.settings import Settings
 
@@ -186,8 +194,9 @@ def credentials_of(headers: Headers) -> Credentials | None:
     found = cookies.get(COOKIE)
     if found is None:
         return None
-    key_id, separator, token = found.value.rpartition(".")
-    return Credentials(token, key_id if separator else None)
+    key_id, _, token = found.value.rpartition(".")
+    # A cookie can hold any character, NUL too, which Postgres refuses to be asked for.
+    return Credentials(token, key_id) if is_key_id(key_id) else Credentials(found.value, None)
 
 
 def of_key(key: str) -> Credentials:

@@ -126,6 +126,16 @@ def test_a_stream_ends_with_the_key_it_was_opened_with(keys, served, store, spec
     assert httpx.get(url, headers=alice).status_code == 401
 
 
+@pytest.mark.parametrize("value", [r'"\000.x"', r'"\012.x"', r'"a\000bcdefghijk.x"', ".", ".."])
+def test_a_cookie_of_no_form_is_a_wrong_key(keys, store, value):
+    """With a NUL in the id Postgres was asked, refused, and every such request was a 503 with a
+    traceback in the log, which no limit counted."""
+    client = client_of(store)
+    cookie = {"Cookie": f"probe_session={value}".encode()}
+    answers = [client.get("/v1/jobs", headers=cookie).status_code for _ in range(25)]
+    assert answers == [401] * 20 + [429] * 5
+
+
 @pytest.mark.parametrize("job_id", ["/tmp/elsewhere", "../../elsewhere", ".", "a/b", "job_\n"])
 def test_a_server_does_not_say_where_an_export_is_written(client, submitted, tmp_path, job_id):
     """The folder is named after the id that the server tells, which was believed."""
