@@ -178,7 +178,8 @@ def next_beats(lab, name, number):
 
 def test_a_job_that_the_queue_has_lost_is_brought_back_by_a_new_start(lab):
     """The watchdog: ours by the database, unknown to the process, so nobody would take it."""
-    lab.start_worker("w", heartbeat_s=0.2)
+    # Seldom looking at its queue, it does not take the job before the next statement.
+    lab.start_worker("w", heartbeat_s=0.2, queue_poll_s=3)
     wait_for_worker(lab, "w")
     pid = lab.store.list_workers()[0].pid
     job_id = lab.submit()
