@@ -32,6 +32,7 @@ BAD_INPUT = 2
 WITHOUT_ANSWER = 3  # it ran, but some point has no eta_c
 INTERRUPTED = 130  # as shells count an end by Ctrl-C
 
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line feeds
 _PIPE_WIDTH = 160  # no terminal, nobody to fit to: wide enough that no table is cut
 
 ServerOption = Annotated[
@@ -111,13 +112,13 @@ def _report(error: BaseException) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     if isinstance(error, ProbeError):
-        print(f"error: {error}", file=sys.stderr)
+        print(without_controls(f"error: {error}"), file=sys.stderr)
         return _exit_code(error)
     if hasattr(error, "format_message"):  # a usage error of Typer: wrong option, missing argument
         message = error.format_message()
         context = getattr(error, "ctx", None)
         hint = f"\nsee `{context.command_path} --help`" if context is not None else ""
-        print(f"error: {message}{hint}", file=sys.stderr)
+        print(without_controls(f"error: {message}{hint}"), file=sys.stderr)
         return BAD_INPUT
     print(
         f"error: unexpected {type(error).__name__}: {error}\n"
@@ -214,23 +215,36 @@ def stdout_console() -> "Console":
     """Where tables go: as wide as the terminal, or wide enough for everything in a pipe."""
     from rich.console import Console
 
+    from clients.cli.plain_text import PlainText
+
     fixed = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if fixed else _PIPE_WIDTH, highlight=False)
+    console = Console(width=None if fixed else _PIPE_WIDTH, highlight=False)
+    console.push_render_hook(PlainText())
+    return console
 
 
 def stderr_console() -> "Console":
     """Where progress and remarks go."""
     from rich.console import Console
 
+    from clients.cli.plain_text import PlainText
+
     fixed = sys.stderr.isatty() or "COLUMNS" in os.environ
-    return Console(
+    console = Console(
         stderr=True, width=None if fixed else _PIPE_WIDTH, highlight=False, soft_wrap=not fixed
     )
+    console.push_render_hook(PlainText())
+    return console
+
+
+def without_controls(text: str) -> str:
+    """The text with a replacement character for everything a terminal would obey."""
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def say(message: str) -> None:
     """One line on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    print(without_controls(message), file=sys.stderr, flush=True)
 
 
 def exit_code_for(results: Iterable[AnyUnitResult]) -> int:
