@@ -36,6 +36,8 @@ _FORMS = (
     (re.compile(r"\bBearer\s+[A-Za-z0-9._~+/=-]{8,}"), f"Bearer {_GONE}"),
     (re.compile(r"\b(password|passwd)=[^\s'\"&]+", re.IGNORECASE), rf"\1={_GONE}"),
 )
+# All that a terminal obeys, but tabs and line feeds.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 _values: frozenset[str] = frozenset()
 _known = re.compile(r"(?!)")  # the values, the longest first; nothing before `learn`
 
@@ -88,8 +90,12 @@ class RedactingFormatter(logging.Formatter):
         self.inner = inner
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line or lines of a record."""
-        return redact(self.inner.format(record))
+        """The line or lines of a record; those after the first are set in, so none looks like one.
+
+        What it tells of may be a stranger's words: the end of a log, the name of a job.
+        """
+        text = _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", redact(self.inner.format(record)))
+        return text.replace("\n", "\n    ")
 
 
 def protect_output(settings: Settings) -> None:

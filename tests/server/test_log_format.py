@@ -1,12 +1,14 @@
 """What the server and the worker write to stderr, as text and as JSON."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 
 import pytest
 
+from server.redaction import RedactingFormatter
 from server.settings import Settings
 
 SECRET = "hunter2-hunter2"
@@ -57,3 +59,13 @@ def test_the_level_counts_for_both(tmp_path):
 def test_another_format_is_refused():
     with pytest.raises(ValueError, match="log_format"):
         Settings(log_format="xml")
+
+
+def test_a_record_cannot_look_like_two_nor_steer_a_terminal():
+    formatter = RedactingFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    said = "job a\nINFO all is well\r\x1b[2J\u2028INFO so it is"
+    record = logging.LogRecord("x", logging.WARNING, "x.py", 1, said, (), None)
+    lines = formatter.format(record).splitlines()
+    assert lines[0] == "WARNING job a"
+    assert [line[:8] for line in lines[1:]] == ["    INFO"]
+    assert not set("".join(lines)) & set("\r\x1b\u2028")
