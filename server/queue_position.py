@@ -185,7 +185,8 @@ class Forecast:
 
     def _num_slots(self, connection: sa.Connection, name: str) -> int:
         live = sa.select(workers.c.view).where(
-            sa.not_(workers.c.stopped), self._now - workers.c.last_heartbeat <= self._stale_ms
+            sa.not_(workers.c.stopped),
+            sa.func.abs(self._now - workers.c.last_heartbeat) <= self._stale_ms,
         )
         views = [view for view in connection.scalars(live) if name in view["queues"]]
         return sum(view.get("slots", {}).get(name, 1) for view in views)

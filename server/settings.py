@@ -191,6 +191,8 @@ class Settings(BaseSettings):
     @field_validator("database_url", mode="before")
     @classmethod
     def _with_driver(cls, value: Any) -> Any:
+        if isinstance(value, str) and not re.match(r"(sqlite:///.|postgres)", value):
+            raise ValueError("must be sqlite:///PATH or postgresql://USER@HOST/NAME")
         return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", value, count=1)
 
     @field_validator("roots", mode="before")

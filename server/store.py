@@ -347,7 +347,7 @@ class SqlStore:
                 | {
                     "last_heartbeat": time_of(row.last_heartbeat),
                     "alive": not row.stopped
-                    and row.now - row.last_heartbeat <= self._worker_stale_ms,
+                    and abs(row.now - row.last_heartbeat) <= self._worker_stale_ms,
                 }
             )
             for row in rows

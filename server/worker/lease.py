@@ -52,7 +52,8 @@ class Lease:
             workers.c.stopped,
             workers.c.instance.is_(None),  # written before there were leases
             workers.c.instance.in_(ended),
-            self._now - workers.c.last_heartbeat > self._stale_ms,
+            # Either way: a heartbeat from the future is of a clock that was set back since.
+            sa.func.abs(self._now - workers.c.last_heartbeat) > self._stale_ms,
         )
         with self._engine.begin() as connection:
             taken = connection.execute(

@@ -66,7 +66,8 @@ def adopt_by_lease(
         Names of the workers whose jobs were queued; usually none.
     """
     workflows = queue.workflow_status_table(engine)
-    silent_s = (tables.now_ms(engine) - workers.c.last_heartbeat) / 1000.0
+    # A heartbeat from the future is of a clock that was set back since: as old as it is ahead.
+    silent_s = sa.func.abs(tables.now_ms(engine) - workers.c.last_heartbeat) / 1000.0
     gone: sa.ColumnElement[bool] = workers.c.stopped
     if guess:
         own = workers.alias()

@@ -92,7 +92,9 @@ def test_a_held_name_is_refused_and_the_holder_named(make_lease):
     make_lease("another").take(view_of("another"), [])
 
 
-@pytest.mark.parametrize("how", ["stopped", "silent", "known to be gone", "from before leases"])
+@pytest.mark.parametrize(
+    "how", ["stopped", "silent", "of another clock", "known to be gone", "from before leases"]
+)
 def test_a_name_is_free_once_its_holder_is_gone(store, make_lease, how):
     holder, other = make_lease(), make_lease()
     holder.take(view_of("w"), [])
@@ -101,6 +103,8 @@ def test_a_name_is_free_once_its_holder_is_gone(store, make_lease, how):
         holder.release(view_of("w"))
     elif how == "silent":
         fall_silent(store, "w", STALE_S + 1)
+    elif how == "of another clock":
+        fall_silent(store, "w", -3600)
     elif how == "known to be gone":
         ended = ["something older", holder.instance]
     else:
@@ -209,6 +213,7 @@ def queued_again(monkeypatch):
         ("alive", True, []),
         ("silent", True, ["v"]),
         ("silent", False, []),
+        ("before the clock was set back", True, ["v"]),
         ("missing", True, ["v"]),
         ("missing", False, []),
         ("stopped", False, ["v"]),
@@ -224,6 +229,9 @@ def test_whose_jobs_are_taken(store, make_lease, create, queued_again, state, gu
         lease.take(view_of("v"), [])
     if state == "silent":
         fall_silent(store, "v", STALE_S + 1)
+    if state == "before the clock was set back":
+        fall_silent(store, "v", -3600)
+        assert not store.list_workers()[0].alive
     if state == "stopped":
         lease.release(view_of("v"))
     found = orphans.adopt_by_lease(store.engine, "own", worker_stale_s=STALE_S, guess=guess)
