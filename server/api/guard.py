@@ -37,6 +37,7 @@ _HEALTH_PATHS = frozenset({"/healthz", "/readyz"})
 _OPEN_PATHS = frozenset({"/login", "/docs", "/openapi.json"})
 ADMIN_PATHS = frozenset({"/v1/jobs:import"})
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+_SHORTEST_KEY = 16  # characters of a key from the environment, where strangers can try
 _MAX_TARGET_BYTES = 8192
 _MAX_HEADER_BYTES = 32_768
 # Of wrong keys, per address: enough for typing errors and stale cookies, nothing for guessing.
@@ -63,13 +64,17 @@ def check_exposure(settings: Settings, *, has_keys: bool) -> None:
         has_keys: Whether there is any API key, in the environment or the database.
 
     Raises:
-        ConfigError: A non-loopback host without API keys, or without roots.
+        ConfigError: A non-loopback host without API keys, with one that can be guessed, or
+            without roots.
     """
     if _is_loopback(settings.host):
         return
     ways = {
         "make a key with `probe keys create`, or set PROBE_API_KEYS": has_keys,
         "set PROBE_ROOTS": bool(settings.roots),
+        f"give every key of PROBE_API_KEYS at least {_SHORTEST_KEY} characters": all(
+            len(key.get_secret_value()) >= _SHORTEST_KEY for key in settings.api_keys
+        ),
     }
     for way, is_done in ways.items():
         if not is_done:

@@ -8,7 +8,7 @@ from probe.errors import ConfigError
 from server.api.app import create_app
 from server.settings import Settings
 
-KEY = "sk-test-1234"
+KEY = "sk-test-0123456789"
 LOOPBACK = "http://127.0.0.1"
 
 
@@ -28,6 +28,9 @@ def test_other_machines_need_keys_and_roots(store, tmp_path, host):
         create_app(Settings(host=host, roots=[tmp_path]), store)
     with pytest.raises(ConfigError, match="PROBE_ROOTS"):
         create_app(Settings(host=host, api_keys=[SecretStr(KEY)]), store)
+    with pytest.raises(ConfigError, match="at least 16 characters"):
+        keys = [SecretStr(KEY), SecretStr("guess-me")]
+        create_app(Settings(host=host, api_keys=keys, roots=[tmp_path]), store)
     create_app(Settings(host=host, api_keys=[SecretStr(KEY)], roots=[tmp_path]), store)
 
 
