@@ -19,8 +19,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## train a small model, probe its checkpoints over HTTP, draw the chart
 	$(BIN)/python -m demo.run
 
+# Two files of tests at a time, one thread of torch each: much of a run is waiting for processes.
 test: $(READY)  ## everything that needs no GPU
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(READY)  ## format, lint, types, generated pages
 	$(BIN)/ruff format --check .
