@@ -28,8 +28,8 @@ def test_other_machines_need_keys_and_roots(store, tmp_path, host):
         create_app(Settings(host=host, roots=[tmp_path]), store)
     with pytest.raises(ConfigError, match="PROBE_ROOTS"):
         create_app(Settings(host=host, api_keys=[SecretStr(KEY)]), store)
+    keys = [SecretStr(KEY), SecretStr("guess-me")]
     with pytest.raises(ConfigError, match="at least 16 characters"):
-        keys = [SecretStr(KEY), SecretStr("guess-me")]
         create_app(Settings(host=host, api_keys=keys, roots=[tmp_path]), store)
     create_app(Settings(host=host, api_keys=[SecretStr(KEY)], roots=[tmp_path]), store)
 
