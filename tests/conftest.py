@@ -1,6 +1,7 @@
 """Fixtures several packages' tests share: hand-made unit results with known numbers."""
 
 import datetime as dt
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,9 @@ from probe.result_continual import (
 from probe.result_mix import MixMeasurement, MixUnitResult
 from probe.spec_continual import ContinualLearningSpec
 from probe.spec_load import parse_spec, resolved, spec_sha256
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, and what they start too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MakeUnitResult = Callable[..., UnitResult]
 REL_TOL = 1 / 16

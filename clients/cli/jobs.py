@@ -223,7 +223,7 @@ def register(app: typer.Typer) -> None:
         app,
         submit,
         "probe submit configs/demo-series.yaml --set measurement.repeats=3 --watch",
-        "probe submit configs/demo-series.yaml --priority 200 --time-limit 2h --label run=7",
+        "probe submit configs/demo-series.yaml --priority 200 --time-limit 2h",
     )
     add_command(
         app, list_jobs, "probe list --status running --queue gpu --label project=demo", name="list"

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from clients.cli.conventions import JsonOption, add_command
+from clients.cli.conventions import JsonOption, add_command, example
 from clients.cli.up import become
 
 app = typer.Typer(
@@ -13,6 +13,7 @@ app = typer.Typer(
     help="API keys: make, list, revoke.\n\nWorks on the database (PROBE_DATABASE_URL, else the "
     "one in the data directory), not over HTTP.",
     short_help="API keys: make, list, revoke.",
+    epilog=example("probe keys create ann --scope submit", "probe keys list"),
 )
 DataDirOption = Annotated[
     Path | None,

@@ -36,7 +36,9 @@ def test_every_help_ends_with_an_example(probe: Any, words: tuple[str, ...]) -> 
 
 def test_the_commands_are_those_of_the_design(probe: Any) -> None:
     names = "up serve worker run submit list show watch cancel results plot checkpoints data doctor"
-    assert {words[0] for words in all_commands() if words} == set(names.split())
+    of_operators = "workers keys prune export import"
+    expected = set(f"{names} {of_operators}".split())
+    assert {words[0] for words in all_commands() if words} == expected
 
 
 def test_the_page_in_docs_is_fresh() -> None:

@@ -53,6 +53,15 @@ def test_the_one_read_longest_ago_goes_first_and_its_file_with_it(cache, monkeyp
     assert (old / "model.safetensors").read_bytes() == b"a" * SIZE
 
 
+def let_the_clock_tick(directory):
+    """Until files get a later time: the kernel counts it in steps of milliseconds."""
+    file = directory / "now"
+    file.touch()
+    before = file.stat().st_mtime_ns
+    while file.stat().st_mtime_ns == before:
+        file.touch()
+
+
 def test_what_we_measure_stays_and_counts_as_used_now(cache, monkeypatch, caplog):
     measured = add_revision(cache, "a", read_at=1)
     fetched_ahead = add_revision(cache, "b", read_at=2)
@@ -60,6 +69,7 @@ def test_what_we_measure_stays_and_counts_as_used_now(cache, monkeypatch, caplog
     monkeypatch.setenv("PROBE_HUB_CACHE_LIMIT", str(SIZE))
     lock = hold_revision(measured)
     assert lock is not None
+    let_the_clock_tick(cache)
     ahead = hold_revision(fetched_ahead)
     trim_hub_cache()
     assert (measured.exists(), fetched_ahead.exists(), idle.exists()) == (True, True, False)
