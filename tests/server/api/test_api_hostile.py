@@ -7,6 +7,8 @@ is: no 5xx, no traceback, no word of its contents executed, nothing queued; the 
 import asyncio
 import copy
 import json
+import os
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -18,6 +20,7 @@ from server.api.app import create_app
 from server.settings import Settings
 
 KEY = "the-only-key-there-is"
+HERE = os.fsencode(Path(__file__).parents[3])  # where the program is, is nobody's business
 JSON = (b"content-type", b"application/json")
 DEEP = 100_000
 
@@ -301,7 +304,7 @@ def check_answer(answer: tuple[int, dict[str, str], bytes], row: Row) -> None:
     assert headers["content-type"] == "application/problem+json"
     assert set(problem) == {"type", "title", "status", "detail", "code", "errors"}
     assert len(content) < 20_000  # what was sent is not sent back at length
-    for leak in (b"Traceback", b'File "', b"sqlalchemy", b"site-packages", b"/work/", KEY.encode()):
+    for leak in (b"Traceback", b'File "', b"sqlalchemy", b"site-packages", HERE, KEY.encode()):
         assert leak not in content
     for name, value in headers.items():
         assert "\n" not in name + value
