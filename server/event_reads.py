@@ -6,8 +6,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from server import queue
-from server.job_reads import for_reading
 from server.job_views import time_of
+from server.queue import again_if_lost
 from server.tables import events, jobs
 from server.wire import TERMINAL, Event
 
@@ -22,7 +22,7 @@ class EventReads:
 
     def __init__(self, engine: sa.Engine, settle: Callable[[str], None]) -> None:
         """Read through `engine`; `settle` writes the closing event of a job that needs one."""
-        self._engine = for_reading(engine)
+        self._engine = engine
         self._settle = settle
         self._after = (
             sa.select(events)
@@ -39,12 +39,14 @@ class EventReads:
             .where(is_asked, jobs.c.end_event.is_(None), workflows.c.status.in_(_ENDED))
         )
 
+    @again_if_lost
     def after(self, job_id: str, after: int, limit: int | None = None) -> list[Event]:
         """Events of a job with an id above `after`, in order."""
         self._settle_some([job_id])
         with self._engine.connect() as connection:
             return self._read(connection, job_id, after, limit or _LIMIT)
 
+    @again_if_lost
     def notable(self, job_id: str, limit: int) -> tuple[list[Event], int]:
         """The last events of a job that are not progress, in order; and the last id of all."""
         self._settle_some([job_id])
@@ -59,6 +61,7 @@ class EventReads:
             found = [_event(row) for row in connection.execute(query)]
         return found[::-1], last or 0
 
+    @again_if_lost
     def news(self, known: Mapping[str, int | None]) -> dict[str, tuple[int, list[Event]]]:
         """By job: the id of its newest event, and the events after the one known.
 

@@ -1,28 +1,27 @@
 """Reading jobs: one, a page of them, how many; as `JobView`s, and as the JSON that is sent.
 
 A page is found in two steps. The ids come from an index alone, whatever the filters; then the
-jobs are read by their ids. What has ended does not change any more, so its JSON is made once and
-kept, and a page of such jobs costs one query and no parsing.
+jobs are read by their ids. The JSON of what has ended is there already (see `ended_views`), and
+comes with the ids.
 """
 
-import json
-import threading
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import sqlalchemy as sa
 
 from server import queue
+from server.ended_views import is_current
 from server.job_views import job_view, job_views
+from server.queue import again_if_lost
 from server.queue_position import Forecast
 from server.store_protocol import JobFilters
-from server.tables import job_labels, jobs
+from server.tables import ended_views, job_labels, jobs
 from server.wire import TERMINAL, JobStatus, JobView
 
-_KEPT_BYTES = 32 * 2**20  # some 15,000 jobs
 _IDS = "ids"
+# As a literal: of a parameter Postgres would suppose a tenth of the table, and plan for that.
+_LIMIT: sa.BindParameter[int] = sa.bindparam("limit", type_=sa.Integer, literal_execute=True)
 
 
 class JobReads:
@@ -30,31 +29,35 @@ class JobReads:
 
     def __init__(self, engine: sa.Engine, forecast: Forecast) -> None:
         """Read through `engine`; `forecast` adds what is known of waiting jobs."""
-        self._engine = for_reading(engine)
+        self._engine = engine
         self._forecast = forecast
         self._workflows = queue.workflow_status_table(engine)
         self._views = job_views(self._workflows)
-        self._ended_views = _of_ended(self._views)
+        self._bodies = sa.select(ended_views.c.job_id, ended_views.c.body).where(
+            ended_views.c.job_id.in_(_bound_ids()), is_current()
+        )
         self._one = self._views.where(jobs.c.id == sa.bindparam("id"))
         self._some = self._views.where(jobs.c.id.in_(_bound_ids())).order_by(jobs.c.id.desc())
         self._statements: dict[Any, sa.Select[Any]] = {}
-        self._kept = _Kept(_KEPT_BYTES)
 
+    @again_if_lost
     def get(self, job_id: str) -> JobView | None:
         """One job as it stands now."""
         with self._engine.connect() as connection:
             row = connection.execute(self._one, {"id": job_id}).first()
         return None if row is None else self._forecast.add_to([job_view(row)])[0]
 
-    def get_json(self, job_id: str) -> bytes | None:
-        """As `get`, as JSON."""
+    @again_if_lost
+    def get_json(self, job_ids: Sequence[str]) -> dict[str, bytes]:
+        """As `get`, as JSON, for several jobs; without those that are not there."""
         with self._engine.connect() as connection:
-            row = connection.execute(self._ended_views, {_IDS: [job_id]}).first()
-        if row is not None:
-            return _json_of(row)
-        view = self.get(job_id)
-        return None if view is None else view.model_dump_json().encode()
+            rows = connection.execute(self._bodies, {_IDS: job_ids}).all()
+            known = {row.job_id: row.body for row in rows}
+            live = self._read(connection, [job_id for job_id in job_ids if job_id not in known])
+        known |= self._as_json(live)
+        return {job_id: body.encode() for job_id, body in known.items()}
 
+    @again_if_lost
     def page(
         self, filters: JobFilters, after: str | None, limit: int
     ) -> tuple[list[JobView], bool]:
@@ -70,26 +73,24 @@ class JobReads:
             views = self._read(connection, [row.id for row in found[:limit]])
         return self._forecast.add_to(views), len(found) > limit
 
-    def page_json(
-        self, filters: JobFilters, after: str | None, limit: int
-    ) -> tuple[list[bytes], bool]:
-        """As `page`, each job as JSON."""
+    @again_if_lost
+    def page_json(self, filters: JobFilters, after: str | None, limit: int) -> bytes:
+        """As `page`, as the JSON of a `JobList`."""
         with self._engine.connect() as connection:
-            found = self._ids(connection, filters, after, limit)
-            # The time of an import is part of the name: an id may come back after a removal.
-            names = {row.id: (row.id, row.imported_at) for row in found[:limit]}
-            ended = [row.id for row in found[:limit] if row.end_event is not None]
-            known = self._kept.get({job_id: names[job_id] for job_id in ended})
-            unread = [job_id for job_id in ended if job_id not in known]
-            if unread:
-                rows = connection.execute(self._ended_views, {_IDS: unread}).all()
-                made = {row.id: _json_of(row) for row in rows}
-                self._kept.put({names[job_id]: made[job_id] for job_id in made})
-                known |= made
-            live = self._read(connection, [job_id for job_id in names if job_id not in known])
-        known |= {v.id: v.model_dump_json().encode() for v in self._forecast.add_to(live)}
-        return [known[job_id] for job_id in names if job_id in known], len(found) > limit
+            found = self._ids(connection, filters, after, limit, with_bodies=True)
+            unknown = [job_id for job_id, body in found[:limit] if body is None]
+            live = self._read(connection, unknown)
+        known = {job_id: body for job_id, body in found[:limit]} | self._as_json(live)
+        page = ",".join(body for body in known.values() if body is not None)  # None: just removed
+        more = "true" if len(found) > limit else "false"
+        return f'{{"object":"list","data":[{page}],"has_more":{more}}}'.encode()
 
+    def _as_json(self, views: Sequence[JobView]) -> dict[str, str]:
+        if not views:
+            return {}
+        return {view.id: view.model_dump_json() for view in self._forecast.add_to(views)}
+
+    @again_if_lost
     def count(self) -> dict[tuple[str, str], int]:
         """How many jobs there are by queue and status; nothing for those there are none of.
 
@@ -125,7 +126,13 @@ class JobReads:
         return [job_view(row) for row in connection.execute(self._some, {_IDS: ids})]
 
     def _ids(
-        self, connection: sa.Connection, filters: JobFilters, after: str | None, limit: int
+        self,
+        connection: sa.Connection,
+        filters: JobFilters,
+        after: str | None,
+        limit: int,
+        *,
+        with_bodies: bool = False,
     ) -> Sequence[Any]:
         """The newest ids that pass, one more than the limit."""
         labels = list((filters.get("labels") or {}).items())
@@ -134,45 +141,35 @@ class JobReads:
         for number, (key, value) in enumerate(labels):
             values |= {f"key{number}": key, f"value{number}": value}
         given = frozenset(name for name, value in values.items() if value is not None)
-        statement = self._statement(filters.get("status"), given, len(labels))
+        # Kept, because SQLAlchemy takes longer to make one than the database to answer it.
+        shape = filters.get("status"), given, len(labels)
+        statement = self._statements.get((*shape, with_bodies))
+        if statement is None:
+            statement = self._statement(*shape)
+            statement = _with_bodies(statement) if with_bodies else statement
+            self._statements[*shape, with_bodies] = statement
         return connection.execute(statement, values).all()
 
     def _statement(
         self, status: str | None, given: frozenset[str], num_labels: int
     ) -> sa.Select[Any]:
-        # Kept, because SQLAlchemy takes longer to make one than the database to answer it.
-        shape = status, given, num_labels
-        found = self._statements.get(shape)
-        if found is None:
-            parts = [self._part(end, *shape) for end in _ends(status, "queue" in given)]
-            if len(parts) == 1:
-                found = parts[0]
-            else:
-                # Each part comes ordered out of its index and ends after `limit` rows. As one
-                # condition the database would sort every job of a state, or read all jobs to
-                # find a rare one.
-                both = sa.union_all(*(sa.select(part.subquery()) for part in parts)).subquery()
-                found = (
-                    sa.select(both)
-                    .order_by(both.c.id.desc())
-                    .limit(sa.bindparam("limit", type_=sa.Integer))
-                )
-            self._statements[shape] = found
-        return found
+        ends = _ends(status, "queue" in given)
+        parts = [self._part(end, status, given, num_labels) for end in ends]
+        if len(parts) == 1:
+            return parts[0]
+        # Each part comes ordered out of its index and ends after `limit` rows. As one condition
+        # the database would sort every job of a state, or read all jobs to find a rare one.
+        both = sa.union_all(*(sa.select(part.subquery()) for part in parts)).subquery()
+        return sa.select(both).order_by(both.c.id.desc()).limit(_LIMIT)
 
     def _part(
         self, end: str | None, status: str | None, given: frozenset[str], num_labels: int
     ) -> sa.Select[Any]:
-        query = sa.select(jobs.c.id, jobs.c.end_event, jobs.c.imported_at)
-        order: sa.ColumnElement[str] = jobs.c.id
-        for number in range(num_labels):
-            label = job_labels.alias()
-            query = query.join(label, label.c.job_id == jobs.c.id).where(
-                label.c.key == sa.bindparam(f"key{number}"),
-                label.c.value == sa.bindparam(f"value{number}"),
-            )
-            # By the label's index, so that a rare label is found at once.
-            order = label.c.job_id if number == 0 else order
+        reads_jobs = end is not None or bool(given & {"kind", "queue"})
+        if end == "" or not num_labels:
+            query, order = _of_jobs(num_labels)
+        else:
+            query, order = _by_label(num_labels, reads_jobs)
         if end == "":
             query = query.where(jobs.c.end_event.is_(None))
             if status is not None:
@@ -185,18 +182,37 @@ class JobReads:
             if name in given:
                 query = query.where(column == sa.bindparam(name))
         if "after" in given:
-            query = query.where(order < sa.bindparam("after"))
-        return query.order_by(order.desc()).limit(sa.bindparam("limit", type_=sa.Integer))
+            # Of both: neither planner passes it on, and either side may be the one read in order.
+            both = {order, query.selected_columns[0]}
+            query = query.where(*(job_id < sa.bindparam("after") for job_id in both))
+        return query.order_by(order.desc()).limit(_LIMIT)
 
 
-def for_reading(engine: sa.Engine) -> sa.Engine:
-    """The same connections, without a transaction around single reads of Postgres.
+def _of_jobs(num_labels: int) -> tuple[sa.Select[Any], sa.ColumnElement[str]]:
+    """Jobs, their labels looked up one by one: right where few are open; and what orders them."""
+    query = sa.select(jobs.c.id)
+    for number in range(num_labels):
+        label = job_labels.alias()
+        query = query.where(sa.exists().where(label.c.job_id == jobs.c.id, *_has(label, number)))
+    return query, jobs.c.id
 
-    Its begin and end are two more trips to the database. SQLite's driver begins none for reads.
-    """
-    if queue.is_sqlite(engine):
-        return engine
-    return engine.execution_options(isolation_level="AUTOCOMMIT")
+
+def _by_label(num_labels: int, reads_jobs: bool) -> tuple[sa.Select[Any], sa.ColumnElement[str]]:
+    """Jobs by their first label's index, so that a rare one is found at once."""
+    first, *others = labels = [job_labels.alias() for _ in range(num_labels)]
+    query = sa.select(jobs.c.id if reads_jobs else first.c.job_id.label("id"))
+    if reads_jobs:
+        query = query.join(first, first.c.job_id == jobs.c.id)
+    for label in others:
+        query = query.join(label, label.c.job_id == first.c.job_id)
+    for number, label in enumerate(labels):
+        query = query.where(*_has(label, number))
+    return query, first.c.job_id
+
+
+def _has(label: sa.FromClause, number: int) -> list[sa.ColumnElement[bool]]:
+    pair = {"key": label.c.key, "value": label.c.value}
+    return [column == sa.bindparam(f"{name}{number}") for name, column in pair.items()]
 
 
 def _ends(status: str | None, by_queue: bool) -> list[str | None]:
@@ -209,53 +225,12 @@ def _ends(status: str | None, by_queue: bool) -> list[str | None]:
     return ["", f"job.{status}"] if status in TERMINAL else [""]
 
 
-def _of_ended(views: sa.Select[Any]) -> sa.Select[Any]:
-    """The views of the ended jobs among `ids`, their JSON columns as text."""
-    columns = [
-        sa.cast(column, sa.Text).label(column.key) if isinstance(column.type, sa.JSON) else column
-        for column in views.selected_columns
-    ]
-    return views.with_only_columns(*columns).where(
-        jobs.c.id.in_(_bound_ids()), jobs.c.end_event.is_not(None)
-    )
+def _with_bodies(statement: sa.Select[Any]) -> sa.Select[Any]:
+    found = statement.subquery()
+    of_it = sa.and_(ended_views.c.job_id == found.c.id, is_current())
+    query = sa.select(found.c.id, ended_views.c.body).select_from(found)
+    return query.outerjoin(ended_views, of_it).order_by(found.c.id.desc())
 
 
 def _bound_ids() -> sa.BindParameter[Any]:
     return sa.bindparam(_IDS, expanding=True)
-
-
-def _json_of(row: Any) -> bytes:
-    """An ended job's row as JSON; the spec is passed on as it is stored."""
-    columns = SimpleNamespace(**row._mapping)
-    columns.spec, columns.labels = json.loads(row.spec), json.loads(row.labels)
-    view = job_view(columns).model_dump_json(exclude={"spec"})
-    return f'{view[:-1]},"spec":{row.spec}}}'.encode()
-
-
-class _Kept:
-    """The JSON of ended jobs that was sent last, up to a number of bytes."""
-
-    def __init__(self, size: int) -> None:
-        self._lock = threading.Lock()
-        self._left = size
-        self._texts: OrderedDict[Any, bytes] = OrderedDict()
-
-    def get(self, names: Mapping[str, Any]) -> dict[str, bytes]:
-        found = {}
-        with self._lock:
-            for job_id, name in names.items():
-                text = self._texts.get(name)
-                if text is not None:
-                    self._texts.move_to_end(name)
-                    found[job_id] = text
-        return found
-
-    def put(self, texts: Mapping[Any, bytes]) -> None:
-        with self._lock:
-            for name, text in texts.items():
-                if name not in self._texts:
-                    self._texts[name] = text
-                    self._left -= len(text)
-            while self._left < 0:
-                _, dropped = self._texts.popitem(last=False)
-                self._left += len(dropped)

@@ -5,10 +5,11 @@ state. The columns named in `workflow_status_table` are the whole of what this p
 from DBOS's schema, and a contract test holds them.
 """
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import sqlalchemy as sa
 from dbos import (
@@ -22,6 +23,9 @@ from dbos import (
 from probe.spec_base import DEFAULT_PRIORITY
 from server.settings import Queue
 from server.wire import JobStatus
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 APP_NAME = "sharpness-probe"
 # DBOS recovers a workflow only under the version it was queued with. Raise it when a job queued
@@ -38,7 +42,6 @@ _POSTGRES_PATIENCE = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,  # ms
 }
-
 _STATUS: dict[str, JobStatus] = {
     "ENQUEUED": "queued",
     "DELAYED": "queued",
@@ -88,15 +91,47 @@ def create_engine(database_url: str) -> sa.Engine:
     """
     url = sa.make_url(database_url)
     if url.get_backend_name() != "sqlite":
-        engine = sa.create_engine(
-            url, pool_pre_ping=True, pool_size=10, max_overflow=10, connect_args=_POSTGRES_PATIENCE
-        )
-        sa.event.listen(engine, "handle_error", _count_as_disconnect)
-        return engine
+        return _postgres_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=10)
     if url.database:
         Path(url.database).absolute().parent.mkdir(parents=True, exist_ok=True)
     engine = sa.create_engine(url)
     sa.event.listen(engine, "connect", _set_up_sqlite)
+    return engine
+
+
+def reading_engine(engine: sa.Engine) -> sa.Engine:
+    """For single reads of the same database, without a transaction around each.
+
+    On Postgres its begin and end are two more trips, and asking first whether the connection is
+    still there is another: reads are `again_if_lost` instead. SQLite's driver begins none for
+    reads, and gets the same engine back. Who disposes of one has to dispose of the other.
+    """
+    if is_sqlite(engine):
+        return engine
+    # Connections of its own: switching one over and back costs as much as it spares.
+    return _postgres_engine(
+        engine.url, max_overflow=10, isolation_level="AUTOCOMMIT", pool_reset_on_return=None
+    )
+
+
+def again_if_lost(read: Callable[P, R]) -> Callable[P, R]:
+    """Call once more what only reads and lost its connection: the pool has let go of all others."""
+
+    @functools.wraps(read)
+    def reads(*args: P.args, **kw: P.kwargs) -> R:
+        try:
+            return read(*args, **kw)
+        except sa.exc.DBAPIError as error:
+            if not error.connection_invalidated:
+                raise
+        return read(*args, **kw)
+
+    return reads
+
+
+def _postgres_engine(url: sa.URL, **options: Any) -> sa.Engine:
+    engine = sa.create_engine(url, connect_args=_POSTGRES_PATIENCE, **options)
+    sa.event.listen(engine, "handle_error", _count_as_disconnect)
     return engine
 
 

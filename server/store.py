@@ -5,7 +5,7 @@ keeps a second copy. Unit results are keyed (job_id, unit_index): the first one 
 SQLite (WAL) by default, Postgres by the same code.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Unpack
 
@@ -16,6 +16,7 @@ from probe.result import Plan
 from probe.spec_base import DEFAULT_PRIORITY
 from probe.unit_results import AnyUnitResult, parse_result
 from server import queue, tables, tracing, webhooks
+from server.ended_views import EndedViews
 from server.errors import IdempotencyConflictError
 from server.event_reads import EventReads
 from server.fence import require_owner
@@ -40,8 +41,10 @@ class SqlStore:
         self._workflows = queue.workflow_status_table(self.engine)
         self._now = tables.now_ms(self.engine)
         self._count, self._count_and_close = _count_event(self._now)
-        self._event_reads = EventReads(self.engine, self.settle)
-        self._reads = JobReads(self.engine, Forecast(self.engine, worker_stale_s))
+        self._ended_views = EndedViews(self._workflows)
+        self._reading = queue.reading_engine(self.engine)
+        self._event_reads = EventReads(self._reading, self.settle)
+        self._reads = JobReads(self._reading, Forecast(self._reading, worker_stale_s))
         try:
             self._revision = tables.create_tables(self.engine)
             self._client = queue.make_client(self.engine)
@@ -52,6 +55,7 @@ class SqlStore:
     def close(self) -> None:
         """Give the connections back."""
         self._client.destroy()
+        self._reading.dispose()
         self.engine.dispose()
 
     # --- jobs
@@ -144,8 +148,8 @@ class SqlStore:
     def get_job(self, job_id: str) -> JobView | None:
         return self._reads.get(job_id)
 
-    def get_job_json(self, job_id: str) -> bytes | None:
-        return self._reads.get_json(job_id)
+    def get_jobs_json(self, job_ids: Sequence[str]) -> dict[str, bytes]:
+        return self._reads.get_json(job_ids)
 
     def list_jobs(
         self, *, after: str | None = None, limit: int = 50, **filters: Unpack[JobFilters]
@@ -154,7 +158,7 @@ class SqlStore:
 
     def list_jobs_json(
         self, *, after: str | None = None, limit: int = 50, **filters: Unpack[JobFilters]
-    ) -> tuple[list[bytes], bool]:
+    ) -> bytes:
         return self._reads.page_json(filters, after, limit)
 
     def count_jobs(self) -> dict[str, int]:
@@ -280,6 +284,8 @@ class SqlStore:
             return None
         event = {"seq": row.num_events, "type": type, "at": row.at, "data": data}
         connection.execute(sa.insert(events), {"job_id": job_id, **event})
+        if closes:
+            self._ended_views.write(connection, job_id)
         if row.webhook is not None and closes:
             self._queue_delivery(connection, job_id, row.webhook, type, row.at)
         return Event(id=row.num_events, type=type, at=time_of(row.at), data=data)

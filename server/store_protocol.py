@@ -1,6 +1,6 @@
 """The `Store` interface: what the HTTP layer and the worker need from the database."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypedDict, Unpack
 
 from probe.result import Plan
@@ -46,8 +46,8 @@ class Store(Protocol):
 
     def get_job(self, job_id: str) -> JobView | None: ...
 
-    def get_job_json(self, job_id: str) -> bytes | None:
-        """As `get_job`, as the JSON of the view; cheaper for a job that has ended."""
+    def get_jobs_json(self, job_ids: Sequence[str]) -> dict[str, bytes]:
+        """As `get_job` for several jobs, as the JSON of their views; cheaper for ended ones."""
 
     def list_jobs(
         self, *, after: str | None = None, limit: int = 50, **filters: Unpack[JobFilters]
@@ -56,8 +56,8 @@ class Store(Protocol):
 
     def list_jobs_json(
         self, *, after: str | None = None, limit: int = 50, **filters: Unpack[JobFilters]
-    ) -> tuple[list[bytes], bool]:
-        """As `list_jobs`, each job as JSON; cheaper for jobs that have ended."""
+    ) -> bytes:
+        """As `list_jobs`, as the JSON of a `JobList`; cheaper for jobs that have ended."""
 
     def count_jobs(self) -> dict[str, int]:
         """Number of jobs in each state, zeros included."""

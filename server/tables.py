@@ -71,6 +71,15 @@ job_labels = sa.Table(
     sa.Index("job_labels_value", "key", "value", "job_id"),
 )
 
+# Beside `jobs`, whose rows hold whole plans; see server.ended_views.
+ended_views = sa.Table(
+    "ended_views",
+    metadata,
+    sa.Column("job_id", sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("body", sa.Text, nullable=False),  # JSON of a JobView
+)
+
 unit_results = sa.Table(
     "unit_results",
     metadata,

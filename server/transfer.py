@@ -18,6 +18,7 @@ from probe.result import Plan
 from probe.spec_load import parse_spec
 from probe.unit_results import AnyUnitResult
 from server import queue, tables
+from server.ended_views import EndedViews
 from server.errors import InvalidExportError, JobExistsError
 from server.job_views import job_view
 from server.store import SqlStore
@@ -208,6 +209,7 @@ def _insert(engine: sa.Engine, connection: sa.Connection, record: JobRecord) -> 
     for table, rows in ((job_labels, labels), (unit_results, units), (events, happened)):
         if rows:
             connection.execute(sa.insert(table), rows)
+    EndedViews(queue.workflow_status_table(engine)).write(connection, job_id)
     return True
 
 

@@ -28,6 +28,7 @@ _ENDS = ("SUCCESS",) * 7 + ("ERROR", "CANCELLED", "SUCCESS")  # 80 % succeeded
 _OF_A_JOB = (
     ("jobs", "id"),
     ("job_labels", "job_id"),
+    ("ended_views", "job_id"),
     ("unit_results", "job_id"),
     ("events", "job_id"),
 )
@@ -111,6 +112,8 @@ def _copy(
         if name in new:
             new[name] = new[name] - sa.literal(10**9) + shift
     for number, template in enumerate(templates):
+        if "body" in names:  # a copy's view keeps the times of the job it is a copy of
+            new["body"] = sa.func.replace(source.c.body, template, new[key])
         rows = (
             sa.select(*(value.label(name) for name, value in new.items()))
             .select_from(source.join(copies, sa.true()))

@@ -1,6 +1,7 @@
 """`python -m server.api`: the HTTP server in the foreground."""
 
 import argparse
+import gc
 import importlib.util
 import os
 import sys
@@ -75,6 +76,10 @@ def _prepare(settings: Settings) -> "FastAPI":
 def _serve(app: "FastAPI", settings: Settings) -> None:
     import uvicorn
 
+    # What has been imported stays: going through it again and again, as the collector would under
+    # load, stops every answer for a tenth of a second each time.
+    gc.collect()
+    gc.freeze()
     uvicorn.run(
         app,
         host=settings.host,

@@ -43,16 +43,20 @@ async def known_query(request: Request) -> None:
     Raises:
         ProblemError: 422 with the nearest valid name.
     """
+    if not request.scope["query_string"]:
+        return
     valid = [field.alias for field in request.scope["route"].dependant.query_params]
+    unknown = request.query_params.keys() - valid
+    if not unknown:
+        return
     problems = []
-    for name in sorted(set(request.query_params) - set(valid)):
+    for name in sorted(unknown):
         close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         choices = f"; valid: {', '.join(valid)}" if valid else ""
         shown = name[:60].encode("ascii", "backslashreplace").decode()
         problems.append(FieldProblem(field=f"query.{shown}", message=f"unknown{hint}{choices}"))
-    if problems:
-        raise invalid(problems, "validation_error")
+    raise invalid(problems, "validation_error")
 
 
 StoreDep = Annotated[Store, Depends(_store)]

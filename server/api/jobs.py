@@ -17,7 +17,7 @@ from server.api.callers import Caller, caller_of
 from server.api.context import JobDep, SettingsDep, StoreDep, is_job_id, known_query
 from server.api.guard import require
 from server.api.problems import invalid, job_not_found, responses
-from server.api.reading import read
+from server.api.reading import read, read_together
 from server.api.roots import refusals_as_problems
 from server.confinement import Confinement
 from server.settings import Queue, Settings
@@ -152,9 +152,7 @@ async def list_jobs(
     """Jobs, newest first, a page at a time."""
     labels = dict(pair.split("=", 1) for pair in label or ())
     filters = JobFilters(status=status, kind=kind, queue=queue, labels=labels)
-    jobs, has_more = await read(store.list_jobs_json, after=after, limit=limit, **filters)
-    more = b"true" if has_more else b"false"
-    body = b'{"object":"list","data":[%b],"has_more":%b}' % (b",".join(jobs), more)
+    body = await read(store.list_jobs_json, after=after, limit=limit, **filters)
     return Response(body, media_type="application/json")
 
 
@@ -163,7 +161,7 @@ async def list_jobs(
 )
 async def show_job(job_id: str, store: StoreDep) -> Response:
     """One job as it stands now."""
-    job = await read(store.get_job_json, job_id) if is_job_id(job_id) else None
+    job = await read_together(store.get_jobs_json, job_id) if is_job_id(job_id) else None
     if job is None:
         raise job_not_found(job_id)
     return Response(job, media_type="application/json")

@@ -3,6 +3,7 @@
 Each server process counts for itself. What is kept is bounded, however many addresses ask.
 """
 
+import functools
 import ipaddress
 import math
 import time
@@ -91,6 +92,7 @@ def retry_after(wait_s: float) -> str:
     return str(max(1, math.ceil(wait_s)))
 
 
+@functools.lru_cache(maxsize=_MOST_CALLERS)
 def network_of(address: str) -> str:
     """The address as it counts for limits: an IPv6 host owns a whole /64, so that counts as one."""
     try:

@@ -1,5 +1,6 @@
 """Pages of jobs: every filter gives what going through all jobs would, in one order, by indices."""
 
+import hashlib
 import json
 import random
 
@@ -7,10 +8,11 @@ import pytest
 import sqlalchemy as sa
 
 from server import job_reads, queue
+from server.ended_views import VIEW_VERSION
 from server.event_reads import EventReads
 from server.store import SqlStore
-from server.tables import jobs
-from server.wire import JobError, JobView
+from server.tables import ended_views, jobs
+from server.wire import JobError, JobList, JobView
 from tests.server.jobs.conftest import _plan as make_plan
 from tests.server.jobs.conftest import make_result
 
@@ -93,9 +95,9 @@ def test_every_filter_and_page_gives_what_going_through_all_jobs_would(store, ma
             after, seen = None, []
             while True:
                 page, has_more = store.list_jobs(after=after, limit=limit, **filters)
-                as_json, more_json = store.list_jobs_json(after=after, limit=limit, **filters)
-                assert [JobView.model_validate_json(text) for text in as_json] == page
-                assert has_more == more_json
+                as_json = store.list_jobs_json(after=after, limit=limit, **filters)
+                expected_json = JobList(data=page, has_more=has_more)
+                assert JobList.model_validate_json(as_json) == expected_json
                 seen += page
                 assert has_more == (len(seen) < len(expected)), filters
                 if not has_more:
@@ -104,27 +106,68 @@ def test_every_filter_and_page_gives_what_going_through_all_jobs_would(store, ma
             assert seen == expected, filters
 
 
-def test_one_job_as_json_is_its_view_with_the_same_members(store, many):
+def test_jobs_as_json_are_their_views_with_the_same_members(store, many):
+    texts = store.get_jobs_json([*(view.id for view in many), "job_none"])
+    assert set(texts) == {view.id for view in many}
     for view in many:
-        text = store.get_job_json(view.id)
-        assert JobView.model_validate_json(text) == view == store.get_job(view.id)
-        assert set(json.loads(text)) == set(json.loads(view.model_dump_json()))
-    assert store.get_job_json("job_none") is None
+        assert JobView.model_validate_json(texts[view.id]) == view == store.get_job(view.id)
+        assert set(json.loads(texts[view.id])) == set(json.loads(view.model_dump_json()))
+    assert store.get_jobs_json([]) == {}
 
 
-def test_what_is_kept_goes_with_its_job_and_is_made_again_for_an_import(store):
-    job_id, _ = add(store)
-    set_status(store, job_id, "SUCCESS")
-    first, _ = store.list_jobs_json()
+def rows_of(store):
+    with store.engine.connect() as connection:
+        return {row.job_id: row for row in connection.execute(sa.select(ended_views))}
+
+
+def test_the_closing_event_brings_the_view_that_is_sent_from_then_on(store):
+    job_id, plan = add(store)
+    store.record_unit(job_id, make_result(plan.units[0]))
+    assert rows_of(store) == {}
+    set_status(store, job_id, "CANCELLED", settle=False)
+    unsettled = store.get_job(job_id)
+    store.settle(job_id)
+    (row,) = rows_of(store).values()
+    view = JobView.model_validate_json(row.body)
+    assert view == store.get_job(job_id)
+    assert (view.status, view.num_units_finished) == ("cancelled", 1)
+    assert view == unsettled.model_copy(update={"finished_at": view.finished_at})
+    # What is sent is this row, not the columns again.
     with store.engine.begin() as connection:
-        connection.execute(sa.update(jobs).values(imported_at=5, name="brought here"))
-    second, _ = store.list_jobs_json()
-    assert json.loads(first[0])["name"] == "a series"
-    assert json.loads(second[0])["name"] == "brought here"
+        changed = row.body.replace('"a series"', '"as it was sent"')
+        connection.execute(sa.update(ended_views).values(body=changed))
+    assert b"as it was sent" in store.get_jobs_json([job_id])[job_id]
+    assert b"as it was sent" in store.list_jobs_json()
     with store.engine.begin() as connection:
         connection.execute(sa.delete(jobs))
-    assert store.list_jobs_json() == ([], False)
-    assert store.get_job_json(job_id) is None
+    assert rows_of(store) == {}
+    assert store.get_jobs_json([job_id]) == {}
+    assert json.loads(store.list_jobs_json()) == {"object": "list", "data": [], "has_more": False}
+
+
+@pytest.mark.parametrize("changed", ["none", "older", "newer"])
+def test_a_view_of_another_version_or_none_is_made_from_the_columns(store, many, changed):
+    expected = JobList(data=many, has_more=False)
+    assert len(rows_of(store)) > 5
+    with store.engine.begin() as connection:
+        if changed == "none":  # as after an upgrade from the first release
+            connection.execute(sa.delete(ended_views))
+        else:
+            version = VIEW_VERSION + (1 if changed == "newer" else -1)
+            connection.execute(sa.update(ended_views).values(version=version, body="?"))
+    assert JobList.model_validate_json(store.list_jobs_json(limit=200)) == expected
+    texts = store.get_jobs_json([view.id for view in many])
+    assert [JobView.model_validate_json(texts[view.id]) for view in many] == many
+
+
+def test_the_version_of_views_is_raised_with_their_schema():
+    """Views in the database are sent as they are: of another schema they must not be current."""
+    text = json.dumps(JobView.model_json_schema(), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    assert (VIEW_VERSION, digest) == (1, "61fe760d7886"), (
+        "what a JobView says has changed: raise server.ended_views.VIEW_VERSION (since the last "
+        "release: leave it), and put the new pair here"
+    )
 
 
 def test_sums_of_units_stand_in_the_row_of_an_ended_job_and_only_there(store):
@@ -144,17 +187,6 @@ def test_sums_of_units_stand_in_the_row_of_an_ended_job_and_only_there(store):
         view = store.get_job(job_id)
         assert (view.num_units_finished, view.num_units_without_answer) == (2, 1)
         assert view.num_forward_passes == 11
-
-
-def test_json_is_kept_up_to_a_size():
-    kept = job_reads._Kept(10)
-    kept.put({"a": b"aaaa", "b": b"bbbb"})
-    assert kept.get({1: "a"}) == {1: b"aaaa"}  # now b is the one not used for longest
-    kept.put({"c": b"cccc", "a": b"aaaa"})
-    assert kept.get({1: "a", 2: "b", 3: "c"}) == {1: b"aaaa", 3: b"cccc"}
-    kept.put({"large": b"x" * 11})
-    assert kept.get({1: "a", 2: "c", 3: "large"}) == {}
-    assert kept._left == 10
 
 
 @pytest.mark.parametrize("filters", FILTERS[:-2])

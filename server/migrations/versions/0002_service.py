@@ -41,6 +41,17 @@ def upgrade() -> None:
         sa.Column("last_used_at", sa.BigInteger),
     )
     op.create_table(
+        "ended_views",
+        sa.Column(
+            "job_id",
+            sa.String(64),
+            sa.ForeignKey("jobs.id", ondelete="CASCADE"),
+            primary_key=True,
+        ),
+        sa.Column("version", sa.Integer, nullable=False),
+        sa.Column("body", sa.Text, nullable=False),
+    )
+    op.create_table(
         "webhook_deliveries",
         sa.Column("id", sa.String(36), primary_key=True),
         sa.Column(

@@ -174,7 +174,7 @@ def test_a_database_that_is_away_is_503_without_its_address(client, store, monke
         raise error
 
     monkeypatch.setattr(store, "ready", fail)
-    monkeypatch.setattr(store, "get_job_json", fail)
+    monkeypatch.setattr(store, "get_jobs_json", fail)
     for path in ("/readyz", "/v1/jobs/job_1"):
         answer = client.get(path)
         assert_problem(answer, 503, "store_not_ready")

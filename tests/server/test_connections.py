@@ -1,0 +1,68 @@
+"""Connections to Postgres: what is read through one that was lost is read again."""
+
+import pytest
+import sqlalchemy as sa
+
+from server import queue
+from server.store import SqlStore
+from tests.server.jobs.conftest import _plan as make_plan
+
+
+def end_all(postgres, url):
+    assert postgres.terminate_connections(sa.make_url(url).database) > 0
+
+
+@pytest.mark.postgres
+def test_a_read_that_loses_its_connection_is_made_again(postgres, postgres_url):
+    store = SqlStore(postgres_url)
+    plan = make_plan()
+    job = store.create_job(plan=plan, idempotency_key=None, body_sha256="0")[0]
+    reads = {
+        "get": lambda: store.get_job(job.id),
+        "get_json": lambda: store.get_jobs_json([job.id]),
+        "page": store.list_jobs,
+        "page_json": store.list_jobs_json,
+        "count": store.count_jobs,
+        "after": lambda: store.events_after(job.id, 0),
+        "notable": lambda: store.notable_events(job.id, 5),
+        "news": lambda: store.news({job.id: 0}),
+    }
+    for name, read in reads.items():
+        before = read()
+        end_all(postgres, postgres_url)
+        assert read() == before, name
+    store.close()
+
+
+def test_a_read_is_made_again_once_and_only_for_a_lost_connection():
+    made = []
+
+    def fails(error):
+        made.append(error)
+        raise error
+
+    lost = sa.exc.OperationalError("", {}, Exception(), connection_invalidated=True)
+    wrong = sa.exc.OperationalError("", {}, Exception())
+    for error, times in ((lost, 2), (wrong, 1), (KeyError(), 1)):
+        made.clear()
+        with pytest.raises(type(error)):
+            queue.again_if_lost(fails)(error)
+        assert len(made) == times
+
+
+@pytest.mark.postgres
+def test_reads_are_in_no_transaction(postgres_url):
+    first = queue.create_engine(postgres_url)
+    reading = queue.reading_engine(first)
+    with reading.connect() as connection:
+        assert connection.connection.dbapi_connection.autocommit
+        connection.execute(sa.text("SELECT 1"))
+        status = connection.connection.dbapi_connection.info.transaction_status
+        assert status.name == "IDLE"
+    reading.dispose()
+    first.dispose()
+
+
+def test_sqlite_reads_through_the_same_engine(tmp_path):
+    engine = queue.create_engine(f"sqlite:///{tmp_path / 'probe.db'}")
+    assert queue.reading_engine(engine) is engine
