@@ -3,15 +3,17 @@
 The forty threads that all routes share take the interpreter from each other and from the event
 loop when many clients ask at once: the same reads take several times as long. Here what is asked
 while every thread is busy waits, and is then read at one go: one change of threads, and for
-`read_together` one query, answer many requests. A database that hangs holds up these threads only.
+`read_together` one query, answer many requests. What waits long gets more threads. A database that
+hangs holds up these threads only.
 """
 
 import asyncio
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,8 +21,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 K = TypeVar("K")
 
-_THREADS = 2
-_CALLS_AT_ONCE = 4  # more of them would all wait for the last one
+_THREADS = 2  # the event loop, these and the database share the cores of a small machine
+_MOST_THREADS = 6  # while reads take long: others need not wait for them
+_LONG_S = 0.1
+_CALLS_AT_ONCE = 2  # more of them would all wait for the last one
 _KEYS_AT_ONCE = 64
 
 
@@ -42,6 +46,7 @@ class _Asked:
     future: asyncio.Future[Any]
     call: Callable[..., Any]
     key: Any  # None: not together with others
+    at: float = field(default_factory=time.monotonic)
     result: Any = None
     error: BaseException | None = None
 
@@ -55,9 +60,8 @@ class _Asked:
 
 
 class _Reader:
-    def __init__(self, num_threads: int) -> None:
-        self._num_threads = num_threads
-        self._threads = ThreadPoolExecutor(num_threads, "read")
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_MOST_THREADS, "read")
         self._lock = threading.Lock()
         self._waiting: deque[_Asked] = deque()
         self._num_busy = 0
@@ -67,7 +71,8 @@ class _Reader:
         asked = _Asked(loop, loop.create_future(), call, key)
         with self._lock:
             self._waiting.append(asked)
-            has_thread = self._num_busy < self._num_threads
+            waits_long = asked.at - self._waiting[0].at > _LONG_S
+            has_thread = self._num_busy < (_MOST_THREADS if waits_long else _THREADS)
             self._num_busy += has_thread
         if has_thread:
             self._threads.submit(self._work)
@@ -92,7 +97,7 @@ class _Reader:
             return []
         first = self._waiting[0]
         is_one_call = first.key is not None
-        share = -(-len(self._waiting) // self._num_threads)  # the rest is for the other threads
+        share = -(-len(self._waiting) // _THREADS)  # the rest is for the other threads
         most = _KEYS_AT_ONCE if is_one_call else min(_CALLS_AT_ONCE, share)
         taken: list[_Asked] = []
         while self._waiting and len(taken) < most:
@@ -137,4 +142,4 @@ def _tell_all(answered: list[_Asked]) -> None:
         asked.tell()
 
 
-_reader = _Reader(_THREADS)
+_reader = _Reader()

@@ -124,3 +124,21 @@ def test_a_loop_that_has_ended_holds_up_no_other():
 
     asyncio.run(leave())
     assert asyncio.run(stay()) == ["here"] * 20
+
+
+def test_slow_reads_hold_up_others_for_a_moment_only(monkeypatch):
+    monkeypatch.setattr(reading, "_LONG_S", 0.05)
+
+    async def main():
+        held, slow = hold_every_thread()
+        await all_begun(held)
+        first = asyncio.ensure_future(read(lambda: "first"))
+        await asyncio.sleep(0.06)
+        assert not first.done()  # nobody has looked again
+        assert await asyncio.wait_for(read(lambda: "second"), 30) == "second"
+        assert await asyncio.wait_for(first, 30) == "first"
+        assert not any(waiting.done() for waiting in slow)
+        held.go.set()
+        return await asyncio.gather(*slow)
+
+    assert asyncio.run(main()) == ["held"] * reading._THREADS
