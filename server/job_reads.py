@@ -17,7 +17,7 @@ from server.queue import again_if_lost
 from server.queue_position import Forecast
 from server.store_protocol import JobFilters
 from server.tables import ended_views, job_labels, jobs
-from server.wire import TERMINAL, JobStatus, JobView
+from server.wire import TERMINAL, JobList, JobStatus, JobView
 
 _IDS = "ids"
 # As a literal: of a parameter Postgres would suppose a tenth of the table, and plan for that.
@@ -36,16 +36,13 @@ class JobReads:
         self._bodies = sa.select(ended_views.c.job_id, ended_views.c.body).where(
             ended_views.c.job_id.in_(_bound_ids()), is_current()
         )
-        self._one = self._views.where(jobs.c.id == sa.bindparam("id"))
         self._some = self._views.where(jobs.c.id.in_(_bound_ids())).order_by(jobs.c.id.desc())
         self._statements: dict[Any, sa.Select[Any]] = {}
 
-    @again_if_lost
     def get(self, job_id: str) -> JobView | None:
         """One job as it stands now."""
-        with self._engine.connect() as connection:
-            row = connection.execute(self._one, {"id": job_id}).first()
-        return None if row is None else self._forecast.add_to([job_view(row)])[0]
+        text = self.get_json([job_id]).get(job_id)
+        return None if text is None else JobView.model_validate_json(text)
 
     @again_if_lost
     def get_json(self, job_ids: Sequence[str]) -> dict[str, bytes]:
@@ -57,7 +54,6 @@ class JobReads:
         known |= self._as_json(live)
         return {job_id: body.encode() for job_id, body in known.items()}
 
-    @again_if_lost
     def page(
         self, filters: JobFilters, after: str | None, limit: int
     ) -> tuple[list[JobView], bool]:
@@ -68,16 +64,14 @@ class JobReads:
             after: The jobs older than this one; None: from the newest.
             limit: How many.
         """
-        with self._engine.connect() as connection:
-            found = self._ids(connection, filters, after, limit)
-            views = self._read(connection, [row.id for row in found[:limit]])
-        return self._forecast.add_to(views), len(found) > limit
+        page = JobList.model_validate_json(self.page_json(filters, after, limit))
+        return page.data, page.has_more
 
     @again_if_lost
     def page_json(self, filters: JobFilters, after: str | None, limit: int) -> bytes:
         """As `page`, as the JSON of a `JobList`."""
         with self._engine.connect() as connection:
-            found = self._ids(connection, filters, after, limit, with_bodies=True)
+            found = self._found(connection, filters, after, limit)
             unknown = [job_id for job_id, body in found[:limit] if body is None]
             live = self._read(connection, unknown)
         known = {job_id: body for job_id, body in found[:limit]} | self._as_json(live)
@@ -125,16 +119,10 @@ class JobReads:
             return []
         return [job_view(row) for row in connection.execute(self._some, {_IDS: ids})]
 
-    def _ids(
-        self,
-        connection: sa.Connection,
-        filters: JobFilters,
-        after: str | None,
-        limit: int,
-        *,
-        with_bodies: bool = False,
+    def _found(
+        self, connection: sa.Connection, filters: JobFilters, after: str | None, limit: int
     ) -> Sequence[Any]:
-        """The newest ids that pass, one more than the limit."""
+        """The newest ids that pass, one more than the limit, and what is sent of ended jobs."""
         labels = list((filters.get("labels") or {}).items())
         values: dict[str, Any] = {"limit": limit + 1, "after": after}
         values |= {"kind": filters.get("kind"), "queue": filters.get("queue")}
@@ -143,11 +131,9 @@ class JobReads:
         given = frozenset(name for name, value in values.items() if value is not None)
         # Kept, because SQLAlchemy takes longer to make one than the database to answer it.
         shape = filters.get("status"), given, len(labels)
-        statement = self._statements.get((*shape, with_bodies))
+        statement = self._statements.get(shape)
         if statement is None:
-            statement = self._statement(*shape)
-            statement = _with_bodies(statement) if with_bodies else statement
-            self._statements[*shape, with_bodies] = statement
+            statement = self._statements[shape] = _with_bodies(self._statement(*shape))
         return connection.execute(statement, values).all()
 
     def _statement(

@@ -91,7 +91,7 @@ def create_engine(database_url: str) -> sa.Engine:
     """
     url = sa.make_url(database_url)
     if url.get_backend_name() != "sqlite":
-        return _postgres_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=10)
+        return _postgres_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=5)
     if url.database:
         Path(url.database).absolute().parent.mkdir(parents=True, exist_ok=True)
     engine = sa.create_engine(url)
@@ -110,7 +110,7 @@ def reading_engine(engine: sa.Engine) -> sa.Engine:
         return engine
     # Connections of its own: switching one over and back costs as much as it spares.
     return _postgres_engine(
-        engine.url, max_overflow=10, isolation_level="AUTOCOMMIT", pool_reset_on_return=None
+        engine.url, max_overflow=5, isolation_level="AUTOCOMMIT", pool_reset_on_return=None
     )
 
 
@@ -122,8 +122,8 @@ def again_if_lost(read: Callable[P, R]) -> Callable[P, R]:
         try:
             return read(*args, **kw)
         except sa.exc.DBAPIError as error:
-            if not error.connection_invalidated:
-                raise
+            if not error.connection_invalidated or error.statement is None:
+                raise  # or there was none to lose: the database is away
         return read(*args, **kw)
 
     return reads

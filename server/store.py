@@ -41,7 +41,7 @@ class SqlStore:
         self._workflows = queue.workflow_status_table(self.engine)
         self._now = tables.now_ms(self.engine)
         self._count, self._count_and_close = _count_event(self._now)
-        self._ended_views = EndedViews(self._workflows)
+        self._ended_views = EndedViews(self.engine)
         self._reading = queue.reading_engine(self.engine)
         self._event_reads = EventReads(self._reading, self.settle)
         self._reads = JobReads(self._reading, Forecast(self._reading, worker_stale_s))
@@ -328,6 +328,10 @@ class SqlStore:
             "cancelled": "job.cancelled",
         }
         self.append_event(job_id, types[view.status], data)
+
+    def fill_ended_views(self, before: str | None, limit: int) -> str | None:
+        """Write what `list_jobs_json` sends for ended jobs where that is missing; see `fill`."""
+        return self._ended_views.fill(before, limit)
 
     def settle_all(self) -> None:
         """`settle` every job whose closing event is missing."""

@@ -209,7 +209,7 @@ def _insert(engine: sa.Engine, connection: sa.Connection, record: JobRecord) -> 
     for table, rows in ((job_labels, labels), (unit_results, units), (events, happened)):
         if rows:
             connection.execute(sa.insert(table), rows)
-    EndedViews(queue.workflow_status_table(engine)).write(connection, job_id)
+    EndedViews(engine).write(connection, job_id)
     return True
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
+from sqlalchemy.exc import SQLAlchemyError
 
 from probe import __version__
 from server.api import events, jobs, operations, pages, problems, results, transfer
@@ -21,6 +22,8 @@ from server.store import SqlStore, Store
 from server.webhook_sender import WebhookSender
 
 log = logging.getLogger(__name__)
+
+_FILL_AT_ONCE, _FILL_PAUSE_S = 100, 0.1
 
 
 def create_app(
@@ -47,7 +50,9 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with _sending_webhooks(app):
+            filling = asyncio.create_task(_fill_ended_views(app.state.store))
             yield
+            filling.cancel()
         if own is not None:
             own.close()
 
@@ -96,6 +101,20 @@ async def _sending_webhooks(app: FastAPI) -> AsyncIterator[None]:
     finally:
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
+
+
+async def _fill_ended_views(store: Store) -> None:
+    """After an upgrade there are none, or those of an older release: lists are slower till then."""
+    done: str | None = None
+    while isinstance(store, SqlStore):
+        try:
+            done = await asyncio.to_thread(store.fill_ended_views, done, _FILL_AT_ONCE)
+        except SQLAlchemyError:
+            log.exception("views of ended jobs not written, the next start of a server may succeed")
+            return
+        if done is None:
+            return
+        await asyncio.sleep(_FILL_PAUSE_S)
 
 
 def _has_keys(settings: Settings, store: Store | None) -> bool:

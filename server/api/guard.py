@@ -166,9 +166,10 @@ class Guard:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = message.setdefault("headers", [])
+                headers = list(message.get("headers", ()))
                 present = {name.lower() for name, _value in headers}
-                headers.extend(header for header in _HEADERS if header[0] not in present)
+                headers += [header for header in _HEADERS if header[0] not in present]
+                message = {**message, "headers": headers}
             await send(message)
 
         try:

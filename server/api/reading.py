@@ -2,9 +2,9 @@
 
 The forty threads that all routes share take the interpreter from each other and from the event
 loop when many clients ask at once: the same reads take several times as long. Here what is asked
-while every thread is busy waits, and is then read at one go: one change of threads, and for
-`read_together` one query, answer many requests. What waits long gets more threads. A database that
-hangs holds up these threads only.
+while both threads are busy waits for one of them, and `read_together` answers with one query all
+who wait for the same call. Where that takes long there are more threads. A database that hangs
+holds up these threads only.
 """
 
 import asyncio
@@ -13,9 +13,12 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
+
+from sqlalchemy.exc import SQLAlchemyError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,7 +27,6 @@ K = TypeVar("K")
 _THREADS = 2  # the event loop, these and the database share the cores of a small machine
 _MOST_THREADS = 6  # while reads take long: others need not wait for them
 _LONG_S = 0.1
-_CALLS_AT_ONCE = 2  # more of them would all wait for the last one
 _KEYS_AT_ONCE = 64
 
 
@@ -40,7 +42,7 @@ async def read_together(call: Callable[[Sequence[K]], Mapping[K, R]], key: K) ->
     return answer
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Asked:
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Any]
@@ -55,6 +57,8 @@ class _Asked:
             return
         if self.error is None:
             self.future.set_result(self.result)
+        elif isinstance(self.error, StopIteration):  # which no future takes
+            self.future.set_exception(RuntimeError(f"a read ended with {self.error!r}"))
         else:
             self.future.set_exception(self.error)
 
@@ -65,18 +69,49 @@ class _Reader:
         self._lock = threading.Lock()
         self._waiting: deque[_Asked] = deque()
         self._num_busy = 0
+        self._looks_soon: asyncio.AbstractEventLoop | None = None  # whether anybody waits long
 
     async def ask(self, call: Callable[..., Any], key: Any) -> Any:
         loop = asyncio.get_running_loop()
         asked = _Asked(loop, loop.create_future(), call, key)
-        with self._lock:
-            self._waiting.append(asked)
-            waits_long = asked.at - self._waiting[0].at > _LONG_S
-            has_thread = self._num_busy < (_MOST_THREADS if waits_long else _THREADS)
-            self._num_busy += has_thread
-        if has_thread:
-            self._threads.submit(self._work)
+        self._waiting.append(asked)
+        try:
+            self._start_thread(_THREADS)
+        except BaseException:
+            with suppress(ValueError):  # a thread has taken it meanwhile
+                self._waiting.remove(asked)
+            raise
+        self._look_later(loop)
         return await asked.future
+
+    def _start_thread(self, most: int) -> None:
+        with self._lock:
+            if self._num_busy >= most:
+                return
+            self._num_busy += 1
+        try:
+            self._threads.submit(self._work)
+        except BaseException:  # the machine has no thread left
+            with self._lock:
+                self._num_busy -= 1
+                if self._num_busy:  # another takes it
+                    return
+            raise
+
+    def _look_later(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._looks_soon is not loop:  # one look at a time; that of a loop that ended is none
+            self._looks_soon = loop
+            loop.call_later(_LONG_S, self._look, loop)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._looks_soon = None
+        with self._lock:
+            waits_from = self._waiting[0].at if self._waiting else None
+        if waits_from is None:
+            return
+        self._look_later(loop)
+        if time.monotonic() - waits_from > _LONG_S:
+            self._start_thread(_MOST_THREADS)
 
     def _work(self) -> None:
         while True:
@@ -85,45 +120,40 @@ class _Reader:
                 if not taken:
                     self._num_busy -= 1
                     return
-            if taken[0].key is None:
-                _answer_each(taken)
-            else:
-                _answer_together(taken)
+            _answer(taken)
             _tell(taken)
 
     def _take(self) -> list[_Asked]:
-        """The longest waiting: those that one call answers, or a few others."""
-        if not self._waiting:
-            return []
-        first = self._waiting[0]
-        is_one_call = first.key is not None
-        share = -(-len(self._waiting) // _THREADS)  # the rest is for the other threads
-        most = _KEYS_AT_ONCE if is_one_call else min(_CALLS_AT_ONCE, share)
+        """Whoever waits longest, with those that the same call answers; nobody who has left."""
         taken: list[_Asked] = []
-        while self._waiting and len(taken) < most:
+        while self._waiting and len(taken) < _KEYS_AT_ONCE:
             asked = self._waiting[0]
-            if (asked.key is not None) != is_one_call or (is_one_call and asked.call != first.call):
+            if taken and (asked.key is None or asked.call != taken[0].call):
                 break
-            taken.append(self._waiting.popleft())
+            self._waiting.popleft()
+            if not asked.future.cancelled():
+                taken.append(asked)
+            if taken and taken[0].key is None:
+                break
         return taken
 
 
-def _answer_each(taken: list[_Asked]) -> None:
-    for asked in taken:
-        try:
-            asked.result = asked.call()
-        except BaseException as error:
-            asked.error = error
-
-
-def _answer_together(taken: list[_Asked]) -> None:
+def _answer(taken: list[_Asked]) -> None:
+    first = taken[0]
     try:
-        found = taken[0].call(list({asked.key for asked in taken}))
+        if first.key is None:
+            first.result = first.call()
+            return
+        found = first.call(list({asked.key for asked in taken}))
         for asked in taken:
             asked.result = found.get(asked.key)
     except BaseException as error:
-        for asked in taken:
-            asked.error = error
+        if len(taken) == 1 or isinstance(error, SQLAlchemyError):
+            for asked in taken:
+                asked.error = error
+            return
+        for asked in taken:  # whose key it was gets the error, nobody else
+            _answer([asked])
 
 
 def _tell(taken: list[_Asked]) -> None:

@@ -41,13 +41,32 @@ def test_a_read_is_made_again_once_and_only_for_a_lost_connection():
         made.append(error)
         raise error
 
-    lost = sa.exc.OperationalError("", {}, Exception(), connection_invalidated=True)
-    wrong = sa.exc.OperationalError("", {}, Exception())
-    for error, times in ((lost, 2), (wrong, 1), (KeyError(), 1)):
+    lost = sa.exc.OperationalError("SELECT 1", {}, Exception(), connection_invalidated=True)
+    away = sa.exc.OperationalError(None, {}, Exception(), connection_invalidated=True)
+    wrong = sa.exc.OperationalError("SELECT 1", {}, Exception())
+    for error, times in ((lost, 2), (away, 1), (wrong, 1), (KeyError(), 1)):
         made.clear()
         with pytest.raises(type(error)):
             queue.again_if_lost(fails)(error)
         assert len(made) == times
+
+
+@pytest.mark.postgres
+def test_a_database_that_is_away_is_not_asked_twice(monkeypatch):
+    """A connect that fails counts as a disconnect, for DBOS's sake; it takes seconds each time."""
+    engine = queue.reading_engine(queue.create_engine("postgresql+psycopg:///x?host=/nowhere"))
+    tried = []
+    sa.event.listen(engine, "do_connect", lambda *_: tried.append(1))
+
+    @queue.again_if_lost
+    def read():
+        with engine.connect() as connection:
+            connection.execute(sa.text("SELECT 1"))
+
+    with pytest.raises(sa.exc.OperationalError) as caught:
+        read()
+    assert caught.value.connection_invalidated
+    assert tried == [1]
 
 
 @pytest.mark.postgres

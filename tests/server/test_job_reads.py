@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from server import job_reads, queue
-from server.ended_views import VIEW_VERSION
+from server.ended_views import VIEW_VERSION, EndedViews
 from server.event_reads import EventReads
 from server.store import SqlStore
 from server.tables import ended_views, jobs
@@ -158,6 +158,37 @@ def test_a_view_of_another_version_or_none_is_made_from_the_columns(store, many,
     assert JobList.model_validate_json(store.list_jobs_json(limit=200)) == expected
     texts = store.get_jobs_json([view.id for view in many])
     assert [JobView.model_validate_json(texts[view.id]) for view in many] == many
+
+
+@pytest.mark.parametrize("changed", ["none", "older"])
+def test_missing_and_older_views_are_written_again_the_newest_first(store, many, changed):
+    before = rows_of(store)
+    ended = sorted(before)
+    with store.engine.begin() as connection:
+        if changed == "none":
+            connection.execute(sa.delete(ended_views))
+        else:
+            connection.execute(sa.update(ended_views).values(version=VIEW_VERSION - 1, body="?"))
+    last = store.fill_ended_views(None, 4)
+    assert last == ended[-4]
+    current = [k for k, row in rows_of(store).items() if row.version == VIEW_VERSION]
+    assert sorted(current) == ended[-4:]
+    while last is not None:
+        last = store.fill_ended_views(last, 4)
+    assert rows_of(store) == before
+    assert store.fill_ended_views(None, 4) is None
+
+
+def test_a_view_that_is_there_already_is_written_over(store):
+    """Jobs removed with SQLite's shell leave theirs, and may be imported again."""
+    job_id, _ = add(store)
+    set_status(store, job_id, "SUCCESS")
+    with store.engine.begin() as connection:
+        connection.execute(sa.update(jobs).values(imported_at=5))
+        EndedViews(store.engine).write(connection, job_id)
+        EndedViews(store.engine).write(connection, "job_none")
+    assert list(rows_of(store)) == [job_id]
+    assert store.get_job(job_id).imported_at is not None
 
 
 def test_the_version_of_views_is_raised_with_their_schema():
