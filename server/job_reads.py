@@ -36,13 +36,22 @@ class JobReads:
         self._bodies = sa.select(ended_views.c.job_id, ended_views.c.body).where(
             ended_views.c.job_id.in_(_bound_ids()), is_current()
         )
+        of_it = sa.and_(ended_views.c.job_id == jobs.c.id, is_current())
+        with_body = self._views.outerjoin(ended_views, of_it).add_columns(ended_views.c.body)
+        self._one = with_body.where(jobs.c.id == sa.bindparam("id"))
         self._some = self._views.where(jobs.c.id.in_(_bound_ids())).order_by(jobs.c.id.desc())
         self._statements: dict[Any, sa.Select[Any]] = {}
 
+    @again_if_lost
     def get(self, job_id: str) -> JobView | None:
         """One job as it stands now."""
-        text = self.get_json([job_id]).get(job_id)
-        return None if text is None else JobView.model_validate_json(text)
+        with self._engine.connect() as connection:
+            row = connection.execute(self._one, {"id": job_id}).first()
+        if row is None:
+            return None
+        if row.body is not None:
+            return JobView.model_validate_json(row.body)
+        return self._forecast.add_to([job_view(row)])[0]
 
     @again_if_lost
     def get_json(self, job_ids: Sequence[str]) -> dict[str, bytes]:
