@@ -179,6 +179,19 @@ def test_missing_and_older_views_are_written_again_the_newest_first(store, many,
     assert store.fill_ended_views(None, 4) is None
 
 
+def test_a_job_that_cannot_be_shown_keeps_no_other_from_its_view(store, many, caplog):
+    before = rows_of(store)
+    newest = max(before)
+    workflows = queue.workflow_status_table(store.engine)
+    with store.engine.begin() as connection:
+        connection.execute(sa.delete(ended_views))
+        of_job = workflows.c.workflow_uuid == newest
+        connection.execute(sa.update(workflows).where(of_job).values(status="A_LATER_WORD"))
+    assert store.fill_ended_views(None, 100) is not None
+    assert newest in caplog.text
+    assert rows_of(store) == {job_id: row for job_id, row in before.items() if job_id != newest}
+
+
 def test_a_view_that_is_there_already_is_written_over(store):
     """Jobs removed with SQLite's shell leave theirs, and may be imported again."""
     job_id, _ = add(store)
