@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import httpx
 import pytest
 import yaml
 
-from tests.deploy.direct import ADMIN_KEY, DEADLINE_S, PASSWORD, Services
+from tests.deploy.direct import ADMIN_KEY, DEADLINE_S, PASSWORD, Services, free_port
+from tests.deploy.programs import program
 from tests.server.postgres import missing
 
 pytestmark = [pytest.mark.postgres, pytest.mark.slow]
@@ -155,6 +157,65 @@ def test_workers_tell_prometheus_about_themselves(running: Services, name: str) 
     text = httpx.get(address, trust_env=False).raise_for_status().text
     own = running.services[name]["environment"]["PROBE_WORKER_NAME"]
     assert f'probe_worker_jobs{{worker="{own}"}} 0.0' in text  # the job has ended
+
+
+def test_prometheus_itself_is_well_and_scrapes_all_of_them(
+    running: Services, tmp_path: Path
+) -> None:
+    """Its command, configuration and health check; only places and ports are this machine's."""
+    assert (running.directory / "metrics-key" / "key").exists()  # made by the test above
+    port = free_port()
+    config = yaml.safe_load((ROOT / "deploy" / "prometheus.yml").read_text())
+    config["global"]["scrape_interval"] = "1s"
+    server, workers = config["scrape_configs"]
+    key_file = server["authorization"]["credentials_file"]
+    server["authorization"]["credentials_file"] = running.here(key_file, "prometheus")
+    server["static_configs"] = [{"targets": [f"127.0.0.1:{running.port}"]}]
+    assert set(workers.pop("dns_sd_configs")[0]["names"]) == set(WORKERS)
+    here = [f"127.0.0.1:{running.metrics_ports[name]}" for name in WORKERS]
+    workers["static_configs"] = [{"targets": here}]
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
+    service = running.services["prometheus"]
+    words = [word.replace("/etc/prometheus", str(tmp_path)) for word in service["command"]]
+    words = [word.replace("=/prometheus", f"={tmp_path / 'data'}") for word in words]
+    command = [program("prometheus"), *words, f"--web.listen-address=127.0.0.1:{port}"]
+    with running.log("prometheus").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path)
+    running.started["prometheus"] = process
+    check = [program("promtool"), *service["healthcheck"]["test"][2:]]
+    check = [word.replace("9090", str(port)) for word in check]
+
+    def is_well() -> bool:
+        done = subprocess.run(check, capture_output=True, text=True)
+        if "expected command" not in done.stderr:
+            return done.returncode == 0
+        # Before 2.44 promtool has no such check; this is what the newer one asks.
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/-/healthy", trust_env=False).is_success
+        except httpx.ConnectError:
+            return False
+
+    running.until("prometheus", is_well)
+
+    def ask(path: str) -> Any:
+        address = f"http://127.0.0.1:{port}/api/v1/{path}"
+        return httpx.get(address, trust_env=False).raise_for_status().json()["data"]
+
+    def all_are_up() -> bool:
+        targets = ask("targets")["activeTargets"]
+        return len(targets) == 3 and all(target["health"] == "up" for target in targets)
+
+    running.until("prometheus", all_are_up)
+    found = running.until("prometheus", lambda: ask("query?query=probe_jobs")["result"])
+    assert {("cpu", "succeeded"), ("gpu", "queued")} <= {
+        (one["metric"]["queue"], one["metric"]["status"]) for one in found
+    }
+    told = ask("query?query=probe_worker_jobs")["result"]
+    by = sorted((one["metric"]["job"], one["metric"]["worker"]) for one in told)
+    jobs, names = ("probe-server", "probe-worker"), ("cpu-0", "gpu-0")
+    assert by == [(job, name) for job in jobs for name in names]  # both tell of every worker
+    process.terminate()
+    assert process.wait(30) == 0
 
 
 @pytest.mark.parametrize("name", ["server", *WORKERS])
