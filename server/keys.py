@@ -11,7 +11,7 @@ import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
@@ -102,16 +102,18 @@ class KeyTable:
         key_id = "".join(secrets.choice(_ID_CHARACTERS) for _ in range(12))
         secret = secrets.token_urlsafe(_SECRET_BYTES)
         lifetime = None if expires_days is None else round(expires_days * _DAY_MS)
-        row = {
+        row: dict[str, Any] = {
             "id": key_id,
             "name": name,
             "secret_sha256": token_sha256(session_token(secret)),
             "scope": scope,
-            "created_at": self._now,
-            "expires_at": None if lifetime is None else self._now + lifetime,
         }
         try:
             with self._engine.begin() as connection:
+                # Read once: Postgres's clock goes on within a statement.
+                now = connection.execute(sa.select(self._now)).scalar_one()
+                row["created_at"] = now
+                row["expires_at"] = None if lifetime is None else now + lifetime
                 connection.execute(sa.insert(api_keys).values(**row))
         except IntegrityError as error:
             raise KeyNameError(

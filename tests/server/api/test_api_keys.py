@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
 from probe.errors import ConfigError
+from server import queue
 from server.api.app import create_app
 from server.api.callers import CACHE_S, Keyring, of_key
 from server.api.guard import ADMIN_PATHS
@@ -44,6 +45,13 @@ def bearer(key: str) -> dict[str, str]:
 def code_of(answer: Any) -> tuple[int, str]:
     assert answer.headers["content-type"] == "application/problem+json"
     return answer.status_code, answer.json()["code"]
+
+
+def test_a_key_lasts_as_long_as_asked_however_the_clock_goes_on_meanwhile(store, table):
+    dice = "ABS(random() % 1000000000)" if queue.is_sqlite(store.engine) else "random() * 1e9"
+    table._now = sa.literal_column(f"CAST({dice} AS BIGINT)", sa.BigInteger)  # no reading is alike
+    stored, _ = table.create("ci", "submit", expires_days=30)
+    assert stored.expires_at - stored.created_at == 30 * DAY_MS
 
 
 def test_a_key_is_long_and_its_secret_is_nowhere(store, table):
