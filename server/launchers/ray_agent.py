@@ -170,7 +170,8 @@ class RayGang:
         return f"node {node}" + (f", {self._facts[node]}" if self._facts else "")
 
     def _lost(self, node: int, error: Exception) -> str:
-        return f"{self._name(node)}, is lost or cannot start its ranks: {error}"
+        # Of a log the last words are told, and Ray's can be longer than that: ours come after.
+        return f"Ray: {error}\n{self._name(node)}, is lost or cannot start its ranks"
 
     def _ended(self, rank: int, node: int, status: int) -> str:
         how = _signal_name(-status) if status < 0 else f"ended with exit status {status}"

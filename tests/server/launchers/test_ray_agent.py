@@ -1,5 +1,6 @@
 """The agent of a gang where there is no cluster to join: the worker hears why, and soon."""
 
+import argparse
 import asyncio
 import importlib.util
 import os
@@ -11,6 +12,9 @@ from collections.abc import Iterator
 import pytest
 
 from probe.worker_link import TOKEN
+from server.launchers import ray_agent
+from server.launchers.ray_node import NodeFacts
+from server.worker import gang
 from server.worker.processes import MARK
 from server.worker.rank_socket import Heard, RankSocket
 
@@ -51,6 +55,16 @@ async def heard_of_agent(address: str) -> tuple[Heard, int]:
             agent.kill()
             await agent.wait()
         ranks.close()
+
+
+def test_what_is_told_of_a_lost_node_is_at_the_end_of_the_log_however_much_ray_says(tmp_path):
+    agent = ray_agent.RayGang(argparse.Namespace(), mark="", token="")
+    agent._facts = [NodeFacts(f"host{node}", f"10.0.0.{node}", 1) for node in range(2)]
+    log = tmp_path / "job.log"
+    log.write_text(f"ERROR {agent._lost(1, OSError('no such file. ' * 1000))}\n")
+    told = gang._tail(log)
+    assert told.endswith("node 1, host1 (10.0.0.1), is lost or cannot start its ranks")
+    assert "no such file." in told
 
 
 def test_a_head_that_does_not_listen_is_told_at_once():
