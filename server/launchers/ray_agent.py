@@ -170,7 +170,8 @@ class RayGang:
         return f"node {node}" + (f", {self._facts[node]}" if self._facts else "")
 
     def _lost(self, node: int, error: Exception) -> str:
-        # Of a log the last words are told, and Ray's can be longer than that: ours come after.
+        # Only the end of a log is told. Ray's words are long, and it prints a thousand characters
+        # more of its own accord, before this or after: so ours, which matter most, come last.
         return f"Ray: {error}\n{self._name(node)}, is lost or cannot start its ranks"
 
     def _ended(self, rank: int, node: int, status: int) -> str:
