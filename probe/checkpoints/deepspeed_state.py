@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from probe.checkpoints.betas import Betas, betas_of
+from probe.checkpoints.betas import AMSGRAD, Betas, betas_of
 from probe.checkpoints.deepspeed_files import DeepSpeedFiles
 from probe.checkpoints.layout import HOW_TO_CONVERT
 from probe.checkpoints.report import first_line
 from probe.errors import CheckpointError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_MAXIMUM = "max_exp_avg_sq"
 _ONE_ALONE = {  # key of model_states.pt -> what is not read where it is above 1
     "mp_world_size": "tensor parallelism",
     "pp_degree": "pipeline parallelism",
@@ -66,6 +67,7 @@ class Partition:
     path: Path
     flat: Mapping[str, torch.Tensor]  # weight and, where saved, the moments -> (num_elements,)
     step: int | None
+    is_amsgrad: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,13 +86,16 @@ class ZeroState:
         """Elements lo..hi of one parameter, flattened: (hi - lo,) as stored, fresh.
 
         Raises:
-            CheckpointError: No such tensor, or the range does not fit.
+            CheckpointError: No such tensor, the range does not fit, or these are moments of
+                AMSGrad.
 
         Cost: reads these elements of the files and no others.
         """
         size = math.prod(self.shapes[name])
         end = size if hi is None else hi
         first = self._partition(self.pieces[name][0])
+        if kind in _MOMENTS:
+            _refuse_amsgrad(first)
         if kind not in first.flat:
             raise CheckpointError(
                 f"{first.path}: no {kind} for {name!r}; found {', '.join(first.flat)}. Use "
@@ -110,11 +115,22 @@ class ZeroState:
         return torch.cat(parts) if parts else first.flat[kind][:0].clone()
 
     def step(self, name: str) -> int | None:
-        """How many updates made the moments of one parameter; None where none are stored."""
-        return self._partition(self.pieces[name][0]).step
+        """How many updates made the moments of one parameter; None where none are stored.
+
+        Raises:
+            CheckpointError: They are those of AMSGrad.
+        """
+        first = self._partition(self.pieces[name][0])
+        _refuse_amsgrad(first)
+        return first.step
 
     def _partition(self, piece: Piece) -> Partition:
         return self.partitions[piece.rank][piece.group]
+
+
+def _refuse_amsgrad(partition: Partition) -> None:
+    if partition.is_amsgrad:
+        raise CheckpointError(f"{partition.path}: found {_MAXIMUM!r}. {AMSGRAD}")
 
 
 def read_zero_state(files: DeepSpeedFiles) -> ZeroState:
@@ -276,7 +292,14 @@ def _partitions(path: Path, optimizer: dict[str, Any]) -> list[Partition]:
             if not isinstance(tensor, torch.Tensor) or tensor.ndim != 1:
                 raise CheckpointError(f"{path}: {kind} of group {group} is no flat tensor")
         step = state.get("step", common[0] if common else None)
-        partitions.append(Partition(path=path, flat=tensors, step=_whole(path, group, step)))
+        partitions.append(
+            Partition(
+                path=path,
+                flat=tensors,
+                step=_whole(path, group, step),
+                is_amsgrad=_MAXIMUM in state,
+            )
+        )
     if not partitions:
         raise CheckpointError(f"{path}: no fp32 partitions")
     return partitions

@@ -1,7 +1,7 @@
 """Train a small model under DeepSpeed and save it, one child process per rank.
 
-DIRECTORY RANK SIZE CASE...; a case is `zSTAGE-DTYPE`, with `-tied` or `-accum32` appended. What
-DeepSpeed's own calls say of every parameter goes to DIRECTORY/CASE.truth.pt.
+DIRECTORY RANK SIZE CASE...; a case is `zSTAGE-DTYPE`, with `-tied`, `-accum32` or `-amsgrad`
+appended. What DeepSpeed's own calls say of every parameter goes to DIRECTORY/CASE.truth.pt.
 """
 
 import importlib.util
@@ -54,8 +54,9 @@ def train(deepspeed, small, case: str, size: int, directory: Path) -> None:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=1e-2, amsgrad="amsgrad" in case)
     engine, optimizer, _, _ = deepspeed.initialize(
-        model=model, optimizer=torch.optim.AdamW(groups, lr=1e-2), config=settings(case, size)
+        model=model, optimizer=adam, config=settings(case, size)
     )
     generator = torch.Generator().manual_seed(1 + dist.get_rank())
     for _ in range(NUM_STEPS):

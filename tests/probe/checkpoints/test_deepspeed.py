@@ -37,6 +37,7 @@ ON_THREE = {
     "z3-bf16-tied": "DeepSpeedZeroOptimizer_Stage3",
     "z2-fp32": "DeepSpeedZeroOptimizer",
 }
+AMSGRAD = ("z2-fp32-amsgrad", "z3-bf16-amsgrad")
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 EXPERTS = {
     "vocab_size": 48,
@@ -92,7 +93,7 @@ def run(scripts: list[list[str]]) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
     found = {}
-    for size, cases in ((2, ON_TWO), (3, ON_THREE)):
+    for size, cases in ((2, [*ON_TWO, *AMSGRAD]), (3, ON_THREE)):
         directory = tmp_path_factory.mktemp(f"on-{size}")
         run_ranks(directory, size, list(cases))
         found |= {f"{case}-on-{size}": directory / case for case in cases}
@@ -454,6 +455,18 @@ def test_an_optimizer_with_one_moment_has_not_adam_s(copy):
     assert (source.has_moments, source.ref.has_moments) == (False, False)
     with pytest.raises(CheckpointError, match=r"no exp_avg_sq .*found weight, exp_avg"):
         source.read(UP, "exp_avg_sq")
+
+
+@pytest.mark.parametrize("case", AMSGRAD)
+def test_moments_of_amsgrad_are_refused_when_read(runs, case):
+    directory = runs[f"{case}-on-2"]
+    source = open_directory(directory)
+    assert torch.equal(source.read(UP, "weight"), truth_of(directory)[UP]["weight"].flatten())
+    for call in (lambda: source.read(UP, "exp_avg_sq"), lambda: source.hyper(UP)):
+        with pytest.raises(
+            CheckpointError, match=r"optim_states\.pt: found 'max_exp.* moments: warmup"
+        ):
+            call()
 
 
 def test_a_step_beyond_the_run_s_is_of_another_checkpoint(copy):
