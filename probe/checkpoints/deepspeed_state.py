@@ -17,14 +17,20 @@ from typing import Any
 
 import torch
 
-from probe.checkpoints.betas import AMSGRAD, Betas, betas_of
+from probe.checkpoints.betas import Betas, betas_of
 from probe.checkpoints.deepspeed_files import DeepSpeedFiles
+from probe.checkpoints.deepspeed_pieces import (
+    MAXIMUM,
+    Partition,
+    Piece,
+    even_pieces,
+    mapped_pieces,
+)
 from probe.checkpoints.layout import HOW_TO_CONVERT
 from probe.checkpoints.report import first_line
 from probe.errors import CheckpointError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_MAXIMUM = "max_exp_avg_sq"
 _ONE_ALONE = {  # key of model_states.pt -> what is not read where it is above 1
     "mp_world_size": "tensor parallelism",
     "pp_degree": "pipeline parallelism",
@@ -48,26 +54,6 @@ _RECORDS = [
         "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     )
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A run of a parameter's elements inside one rank's flat partition of one group."""
-
-    rank: int
-    group: int
-    start: int
-    num_elements: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Partition:
-    """One rank's share of one group."""
-
-    path: Path
-    flat: Mapping[str, torch.Tensor]  # weight and, where saved, the moments -> (num_elements,)
-    step: int | None
-    is_amsgrad: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +81,7 @@ class ZeroState:
         end = size if hi is None else hi
         first = self._partition(self.pieces[name][0])
         if kind in _MOMENTS:
-            _refuse_amsgrad(first)
+            first.check_moments()
         if kind not in first.flat:
             raise CheckpointError(
                 f"{first.path}: no {kind} for {name!r}; found {', '.join(first.flat)}. Use "
@@ -121,16 +107,11 @@ class ZeroState:
             CheckpointError: They are those of AMSGrad.
         """
         first = self._partition(self.pieces[name][0])
-        _refuse_amsgrad(first)
+        first.check_moments()
         return first.step
 
     def _partition(self, piece: Piece) -> Partition:
         return self.partitions[piece.rank][piece.group]
-
-
-def _refuse_amsgrad(partition: Partition) -> None:
-    if partition.is_amsgrad:
-        raise CheckpointError(f"{partition.path}: found {_MAXIMUM!r}. {AMSGRAD}")
 
 
 def read_zero_state(files: DeepSpeedFiles) -> ZeroState:
@@ -174,9 +155,9 @@ def _fitted(
     _check_steps(partitions, files.model_states[0], models[0])
     groups = _shapes(files.model_states[0], models[0], len(partitions[0]))
     if "fp32_flat_groups" in opened[0]:
-        pieces = _even_pieces(groups, partitions)
+        pieces = even_pieces(groups, partitions)
     else:
-        pieces = _mapped_pieces(groups, opened, partitions)
+        pieces = mapped_pieces(groups, opened, partitions)
     shared = models[0].get("shared_params") or {}
     return ZeroState(
         partitions=partitions,
@@ -297,7 +278,7 @@ def _partitions(path: Path, optimizer: dict[str, Any]) -> list[Partition]:
                 path=path,
                 flat=tensors,
                 step=_whole(path, group, step),
-                is_amsgrad=_MAXIMUM in state,
+                is_amsgrad=MAXIMUM in state,
             )
         )
     if not partitions:
@@ -355,68 +336,3 @@ def _shapes(path: Path, model: dict[str, Any], num_groups: int) -> list[dict[str
         twice = next(name for name in names if names.count(name) > 1)
         raise CheckpointError(f"{path}: param_shapes names {twice!r} twice")
     return shapes
-
-
-def _even_pieces(
-    groups: list[dict[str, tuple[int, ...]]], partitions: Sequence[Sequence[Partition]]
-) -> dict[str, tuple[Piece, ...]]:
-    """ZeRO-3: every parameter over all ranks, ceil(elements / ranks) each."""
-    world = len(partitions)
-    pieces = {}
-    for group, shapes in enumerate(groups):
-        start = 0
-        for name, shape in shapes.items():
-            size = math.prod(shape)
-            each = -(-size // world)
-            held = [min(each, max(0, size - rank * each)) for rank in range(world)]
-            pieces[name] = tuple(Piece(r, group, start, n) for r, n in enumerate(held))
-            start += each
-        for rank in partitions:
-            for kind, flat in rank[group].flat.items():
-                if flat.numel() != start:
-                    raise CheckpointError(
-                        f"{rank[group].path}: {kind} of group {group} has {flat.numel()} elements, "
-                        f"expected {start}: {len(shapes)} parameters over {world} ranks"
-                    )
-    return pieces
-
-
-def _mapped_pieces(
-    groups: list[dict[str, tuple[int, ...]]],
-    opened: list[dict[str, Any]],
-    partitions: Sequence[Sequence[Partition]],
-) -> dict[str, tuple[Piece, ...]]:
-    """ZeRO-1 and 2: as `param_slice_mappings` of every rank says."""
-    pieces: dict[str, list[Piece]] = {name: [] for group in groups for name in group}
-    for rank, optimizer in enumerate(opened):
-        for group, mapping in enumerate(optimizer["param_slice_mappings"]):
-            partition = partitions[rank][group]
-            for name, address in mapping.items():
-                if name not in groups[group]:
-                    raise CheckpointError(
-                        f"{partition.path}: param_slice_mappings names {name!r} in group {group}, "
-                        "param_shapes does not; files of two runs"
-                    )
-                start, size = vars(address).get("start"), vars(address).get("numel")
-                pieces[name].append(_piece(partition, rank, group, name, start, size))
-    for shapes in groups:
-        for name, shape in shapes.items():
-            found, expected = sum(p.num_elements for p in pieces[name]), math.prod(shape)
-            if found != expected:
-                raise CheckpointError(
-                    f"{partitions[0][0].path.parent}: the ranks hold {found} elements of {name!r}, "
-                    f"expected {expected}: {list(shape)}; files of two runs"
-                )
-    return {name: tuple(parts) for name, parts in pieces.items()}
-
-
-def _piece(partition: Partition, rank: int, group: int, name: str, start: Any, size: Any) -> Piece:
-    if type(start) is not int or type(size) is not int or start < 0 or size < 0:
-        raise CheckpointError(f"{partition.path}: {name!r} lies at {start!r} + {size!r}")
-    for kind, flat in partition.flat.items():
-        if start + size > flat.numel():
-            raise CheckpointError(
-                f"{partition.path}: {kind} of group {group} has {flat.numel()} elements, expected "
-                f"{start + size} up to the end of {name!r}"
-            )
-    return Piece(rank, group, start, size)
