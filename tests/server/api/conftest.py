@@ -105,5 +105,5 @@ def served(app: FastAPI) -> Iterator[str]:
     port = server.servers[0].sockets[0].getsockname()[1]
     yield f"{LOOPBACK}:{port}"
     server.should_exit = True
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()

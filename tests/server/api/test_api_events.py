@@ -128,7 +128,7 @@ def test_a_reader_that_leaves_frees_its_stream(served, store, submitted, monkeyp
 
 
 def test_all_streams_share_one_look_and_each_gets_every_event_once(
-    served, store, submitted, end_job, client, spec, monkeypatch
+    app, served, store, submitted, end_job, client, spec, monkeypatch
 ):
     other = client.post("/v1/jobs", json=spec).json()["id"]
     looks = []
@@ -150,6 +150,10 @@ def test_all_streams_share_one_look_and_each_gets_every_event_once(
     threads = [threading.Thread(target=follow, args=(n, *what)) for n, what in enumerate(asked)]
     for thread in threads:
         thread.start()
+    feeds, deadline = app.state.event_hub._feeds, time.monotonic() + DEADLINE_S
+    while sum(feed.num_streams for feed in list(feeds.values())) < len(asked):
+        assert time.monotonic() < deadline  # a stream that comes late begins another look
+        time.sleep(0.01)
     add_units(store, submitted, 30)
     add_units(store, other, 30)
     for job_id in (submitted, other):
@@ -233,7 +237,7 @@ def test_many_open_streams_do_not_hold_up_other_requests(served, submitted):
         open_streams = [http.stream("GET", url, timeout=DEADLINE_S) for _ in range(60)]
         for stream in open_streams:
             stream.__enter__()
-        assert http.get(f"{served}/v1/jobs/{submitted}", timeout=5).status_code == 200
+        assert http.get(f"{served}/v1/jobs/{submitted}", timeout=DEADLINE_S).status_code == 200
         for stream in open_streams:
             stream.__exit__(None, None, None)
 
@@ -257,9 +261,10 @@ def test_the_server_stops_in_time_with_a_stream_open(settings, store, client, sp
         address = log.read_text().split("running on ")[1].split()[0]
         url = f"{address}/v1/jobs/{job_id}/events"
         with httpx.stream("GET", url, timeout=DEADLINE_S) as response:
-            assert next(response.iter_lines()) == "id: 1"
+            lines = response.iter_lines()  # held: the stream ends with it
+            assert next(lines) == "id: 1"
             server.terminate()
-            assert server.wait(timeout=10) is not None
+            assert server.wait(timeout=DEADLINE_S) is not None
     finally:
         server.kill()
         server.wait()
