@@ -121,8 +121,8 @@ def test_a_name_is_free_once_its_holder_is_gone(store, make_lease, how):
 
 def test_a_lease_lasts_as_long_as_it_says(store, make_lease):
     make_lease().take(view_of("w"), [])
-    fall_silent(store, "w", STALE_S - 5)
-    with pytest.raises(WorkerNameTakenError, match="heard of 55 s ago"):
+    fall_silent(store, "w", STALE_S - 10)
+    with pytest.raises(WorkerNameTakenError, match=r"heard of 5\d s ago"):
         make_lease().take(view_of("w"), [])
 
 
