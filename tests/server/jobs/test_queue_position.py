@@ -103,6 +103,14 @@ def succeeded(store, create, duration_s, **spec):
         connection.execute(ended)
 
 
+def stop_clock(forecast):
+    """The time in ms at which the forecast's clock stands from now on."""
+    with forecast._engine.connect() as connection:
+        now_ms = connection.scalar(sa.select(forecast._now))
+    forecast._now = sa.literal(now_ms, sa.BigInteger)
+    return now_ms
+
+
 def seconds_until_start(forecast, view):
     start = forecast.add_to([view])[0].estimated_start
     with forecast._engine.connect() as connection:
@@ -133,14 +141,14 @@ def test_a_start_is_estimated_from_workers_running_jobs_and_what_has_finished(
         succeeded(store, create, duration_s, device="cpu")
     set_worker(store, "w")  # two slots for cpu jobs
     running = [create(num_units=n, device="cpu") for n in (4, 1)]
-    now = tables.now_ms(store.engine)
+    now = stop_clock(forecast)
     set_status(store, running[0], "PENDING", started_at=now - 30_000)
     store.record_unit(running[0], make_result(store.get_plan(running[0]).units[0]))
     set_status(store, running[1], "PENDING", started_at=now - 15_000)
     queued = [store.get_job(create(device="cpu", num_units=n)) for n in (3, 1)]
     # Slots are free after 30 * 3 = 90 and 20 - 15 = 5 s; the first one takes 3 * 20 s from 5 on.
-    assert seconds_until_start(forecast, queued[0]) == pytest.approx(5, abs=2)
-    assert seconds_until_start(forecast, queued[1]) == pytest.approx(65, abs=2)
+    assert seconds_until_start(forecast, queued[0]) == pytest.approx(5, abs=1e-3)
+    assert seconds_until_start(forecast, queued[1]) == pytest.approx(65, abs=1e-3)
     assert forecast.add_to([store.get_job(running[0])])[0].estimated_start is None
 
 
@@ -176,8 +184,8 @@ def test_a_worker_of_an_older_release_counts_as_one_slot(store, create, forecast
     succeeded(store, create, 10)
     set_worker(store, "w", slots={})
     running = create()
-    set_status(store, running, "PENDING", started_at=tables.now_ms(store.engine) - 4000)
-    assert seconds_until_start(forecast, store.get_job(create())) == pytest.approx(6, abs=2)
+    set_status(store, running, "PENDING", started_at=stop_clock(forecast) - 4000)
+    assert seconds_until_start(forecast, store.get_job(create())) == pytest.approx(6, abs=1e-3)
 
 
 def test_an_estimate_is_made_once_for_all_who_ask_within_its_time(store, create, monkeypatch):
