@@ -228,7 +228,9 @@ def command(store, *words, data_dir):
 
 def test_the_command_shows_asks_and_removes(store, ended, tmp_path, capsys, monkeypatch):
     ids = [ended(days=100, name=f"job {k}") for k in range(22)]
-    day = dt.datetime.now(dt.UTC) - dt.timedelta(days=100)
+    with store.engine.connect() as connection:
+        ended_ms = connection.scalar(sa.select(jobs.c.ended_at).where(jobs.c.id == ids[-1]))
+    day = dt.datetime.fromtimestamp(ended_ms / 1000, dt.UTC)
     rules = ("--older-than-s", str(90 * DAY_S), "--status", "succeeded")
     assert command(store, *rules, "--dry-run", data_dir=tmp_path) == 0
     said = capsys.readouterr().out
