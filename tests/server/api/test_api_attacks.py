@@ -61,9 +61,9 @@ def test_more_labels_than_a_job_has_are_refused(client):
 
 
 def seconds(body: bytes) -> float:
-    begin = time.perf_counter()
+    begin = time.thread_time()  # not what others take of the machine
     parse_json(body)
-    return time.perf_counter() - begin
+    return time.thread_time() - begin
 
 
 def test_a_long_key_costs_nothing_for_each_value_within():
@@ -108,7 +108,7 @@ def test_a_stream_ends_with_the_key_it_was_opened_with(keys, served, store, spec
     """It went on for as long as the job, to whoever had the key."""
     monkeypatch.setattr(guard, "_RECHECK_S", 0.05)
     alice, bob = ({"Authorization": f"Bearer {key}"} for key in keys.values())
-    job_id = httpx.post(f"{served}/v1/jobs", json=spec, headers=alice).json()["id"]
+    job_id = httpx.post(f"{served}/v1/jobs", json=spec, headers=alice, timeout=30).json()["id"]
     url = f"{served}/v1/jobs/{job_id}/events"
     with (
         httpx.stream("GET", url, headers=alice, timeout=30) as of_alice,
@@ -123,7 +123,7 @@ def test_a_stream_ends_with_the_key_it_was_opened_with(keys, served, store, spec
         assert len(lines) < 300
         store.append_event(job_id, "unit.started", {"unit_id": "0", "index": 0})
         assert "id: 2" in still_open
-    assert httpx.get(url, headers=alice).status_code == 401
+    assert httpx.get(url, headers=alice, timeout=30).status_code == 401
 
 
 @pytest.mark.parametrize("value", [r'"\000.x"', r'"\012.x"', r'"a\000bcdefghijk.x"', ".", ".."])
@@ -131,6 +131,7 @@ def test_a_cookie_of_no_form_is_a_wrong_key(keys, store, value):
     """With a NUL in the id Postgres was asked, refused, and every such request was a 503 with a
     traceback in the log, which no limit counted."""
     client = client_of(store)
+    client.app.state.gate._wrong._clock = lambda: 0.0  # stands still: nothing is forgiven
     cookie = {"Cookie": f"probe_session={value}".encode()}
     answers = [client.get("/v1/jobs", headers=cookie).status_code for _ in range(25)]
     assert answers == [401] * 20 + [429] * 5
