@@ -1,6 +1,5 @@
 """`ProbeClient` against the real server, over a real socket."""
 
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from probe.result import UnitResult
 from server.api.app import create_app
 from server.settings import Settings
 from server.store import SqlStore
+from tests.ports import Ports
 
 
 class Served:
@@ -25,9 +25,8 @@ class Served:
 
     def __init__(self, settings: Settings, store: SqlStore) -> None:
         self._settings, self._store = settings, store
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self._ports = Ports()  # held between stop and start, too
+        self.port = self._ports.take()
         self.start()
 
     @property
@@ -51,6 +50,10 @@ class Served:
         self._thread.join(30)
         assert not self._thread.is_alive()
 
+    def close(self) -> None:
+        self.stop()
+        self._ports.close()
+
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
@@ -71,7 +74,7 @@ def store(settings: Settings) -> Iterator[SqlStore]:
 def served(settings: Settings, store: SqlStore) -> Iterator[Served]:
     served = Served(settings, store)
     yield served
-    served.stop()
+    served.close()
 
 
 @pytest.fixture
@@ -192,4 +195,4 @@ def test_keys(tmp_path: Path, settings: Settings, store: SqlStore) -> None:
                 with pytest.raises(UnauthorizedError):
                     next(client.events("job_0"))
     finally:
-        served.stop()
+        served.close()

@@ -7,7 +7,6 @@ directories by temporary ones. Nothing of this machine's environment is passed o
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import psycopg
 import pytest
 
 from tests.deploy import compose
+from tests.ports import Ports
 from tests.server import postgres
 
 DEADLINE_S = 150.0  # far above what anything here needs on an idle machine
@@ -26,18 +26,11 @@ PASSWORD = "p@ss:w/rd%&+ ü"  # what an address could not hold without being esc
 ADMIN_KEY = "the-first-admin-key-of-this-test"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 class PostgresOverTcp(postgres.Postgres):
     """As the official image sets it up: a user, a password, a database, reached over TCP."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        self.port = free_port()
+    def __init__(self, environment: dict[str, str], port: int) -> None:
+        self.port = port
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(postgres._SETTINGS, "listen_addresses", "127.0.0.1")
             patch.setitem(postgres._SETTINGS, "port", str(self.port))
@@ -66,15 +59,16 @@ class Services:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.port = free_port()
+        self.ports = Ports()
+        self.port = self.ports.take()
         given = {
             "POSTGRES_PASSWORD": PASSWORD,
             "PROBE_API_KEYS": ADMIN_KEY,
             "PROBE_CHECKPOINTS": str(directory / "checkpoints"),
         }
         self.services = compose.services(given)
-        self.postgres = PostgresOverTcp(self.services["postgres"]["environment"])
-        self.metrics_ports = {name: free_port() for name in ("cpu-worker", "gpu-worker")}
+        self.postgres = PostgresOverTcp(self.services["postgres"]["environment"], self.ports.take())
+        self.metrics_ports = {name: self.ports.take() for name in ("cpu-worker", "gpu-worker")}
         self.started: dict[str, subprocess.Popen[bytes]] = {}
         for name in ("data", "cache", "checkpoints", "metrics-key"):
             (directory / name).mkdir()
@@ -153,3 +147,4 @@ class Services:
                 process.kill()
                 process.wait()
         self.postgres.stop()
+        self.ports.close()

@@ -12,7 +12,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.deploy.direct import ADMIN_KEY, DEADLINE_S, PASSWORD, Services, free_port
+from tests.deploy.direct import ADMIN_KEY, DEADLINE_S, PASSWORD, Services
 from tests.deploy.programs import program
 from tests.server.postgres import missing
 
@@ -46,6 +46,11 @@ def running(services: Services, before: dict[str, Any]) -> Services:
         for name in together:
             services.until(name, lambda name=name: services.check(name).returncode == 0)
     return services
+
+
+def get(address: str) -> httpx.Response:
+    """As a program without a key asks."""
+    return httpx.get(address, timeout=30, trust_env=False)
 
 
 @pytest.fixture
@@ -99,7 +104,7 @@ def test_the_first_key_opens_the_server_and_none_does_not(client: httpx.Client) 
         ("cpu-0", ("cpu",), True),
         ("gpu-0", ("gpu",), True),
     }
-    assert httpx.get(f"{client.base_url}/v1/workers", trust_env=False).status_code == 401
+    assert get(f"{client.base_url}/v1/workers").status_code == 401
 
 
 def test_jobs_see_the_mounted_checkpoints_and_nothing_else(
@@ -154,7 +159,7 @@ def test_prometheus_gets_a_key_of_its_own_that_may_read(
 @pytest.mark.parametrize("name", WORKERS)
 def test_workers_tell_prometheus_about_themselves(running: Services, name: str) -> None:
     address = f"http://127.0.0.1:{running.metrics_ports[name]}/metrics"
-    text = httpx.get(address, trust_env=False).raise_for_status().text
+    text = get(address).raise_for_status().text
     own = running.services[name]["environment"]["PROBE_WORKER_NAME"]
     assert f'probe_worker_jobs{{worker="{own}"}} 0.0' in text  # the job has ended
 
@@ -164,7 +169,7 @@ def test_prometheus_itself_is_well_and_scrapes_all_of_them(
 ) -> None:
     """Its command, configuration and health check; only places and ports are this machine's."""
     assert (running.directory / "metrics-key" / "key").exists()  # made by the test above
-    port = free_port()
+    port = running.ports.take()
     config = yaml.safe_load((ROOT / "deploy" / "prometheus.yml").read_text())
     config["global"]["scrape_interval"] = "1s"
     server, workers = config["scrape_configs"]
@@ -191,7 +196,7 @@ def test_prometheus_itself_is_well_and_scrapes_all_of_them(
             return done.returncode == 0
         # Before 2.44 promtool has no such check; this is what the newer one asks.
         try:
-            return httpx.get(f"http://127.0.0.1:{port}/-/healthy", trust_env=False).is_success
+            return get(f"http://127.0.0.1:{port}/-/healthy").is_success
         except httpx.ConnectError:
             return False
 
@@ -199,7 +204,7 @@ def test_prometheus_itself_is_well_and_scrapes_all_of_them(
 
     def ask(path: str) -> Any:
         address = f"http://127.0.0.1:{port}/api/v1/{path}"
-        return httpx.get(address, trust_env=False).raise_for_status().json()["data"]
+        return get(address).raise_for_status().json()["data"]
 
     def all_are_up() -> bool:
         targets = ask("targets")["activeTargets"]
