@@ -31,7 +31,8 @@ from server.worker.rank_socket import Endpoint, Heard, RankSocket
 OnProgress = Callable[[dict[str, Any]], Awaitable[None]]
 
 WORKER_MARK = uuid.uuid4().hex  # of every gang this worker process starts
-_TAIL_BYTES = 2000
+_TAIL_LENGTH = 2000
+_READ_BYTES = 2**16  # of a log, to find the secrets at its end whole
 _EXIT_S = 5.0
 _LAST_WORDS_S = 1.0  # after the agent's end, for messages that are still on their way
 _VERDICT_S = 5.0  # after "another rank failed", for that rank's own error to arrive
@@ -303,7 +304,9 @@ def _result(message: dict[str, Any], unit: Unit) -> AnyUnitResult:
 
 
 def _tail(path: Path) -> str:
+    """The end of a log, its secrets taken out before it is cut: half of one looks like none."""
     with path.open("rb") as log:
         log.seek(0, os.SEEK_END)
-        log.seek(max(0, log.tell() - _TAIL_BYTES))
-        return log.read().decode(errors="replace").strip() or "(nothing)"
+        log.seek(max(0, log.tell() - _READ_BYTES))
+        text = redact(log.read().decode(errors="replace"))
+    return text[-_TAIL_LENGTH:].strip() or "(nothing)"

@@ -16,6 +16,7 @@ from server import redaction
 from server.log_format import RedactedJsonFormatter
 from server.redaction import RedactingFormatter, learn, learn_settings, redact
 from server.settings import Settings
+from server.worker import gang
 from tests.server.conftest import on_sqlite_only
 
 LEAKY_RANK = Path(__file__).with_name("leaky_rank.py")
@@ -112,6 +113,15 @@ def test_log_lines_and_tracebacks_are_redacted(formatter):
     line = formatter.format(record)
     assert "in the error" in line
     assert CANARY not in line
+
+
+def test_a_secret_that_the_end_of_a_log_begins_in_is_not_half_told(tmp_path):
+    log = tmp_path / "log"
+    told = "-" * (gang._TAIL_LENGTH - 20)
+    log.write_text(f"{'x' * 3000} hf_{CANARY * 6}{told}")
+    found = gang._tail(log)
+    assert found.endswith(told)
+    assert CANARY not in found
 
 
 @pytest.mark.parametrize(
