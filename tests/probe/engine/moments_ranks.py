@@ -1,4 +1,4 @@
-"""Two ranks of which one alone has moments; each prints what it chose. Started by its test."""
+"""Two ranks of which one alone has moments; each prints what it chose: STORE RANK."""
 
 import os
 import sys
@@ -25,8 +25,8 @@ class Source:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    store, rank = sys.argv[1], int(sys.argv[2])
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     shards = [SimpleNamespace(name="w", base=torch.zeros(2))]
     found = choose_moments(AdamW(), Source(rank), shards, label="here")
     refused = ""
