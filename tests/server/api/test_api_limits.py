@@ -1,6 +1,7 @@
 """How much one caller may ask: requests, wrong keys, streams, sizes."""
 
 import contextlib
+import gc
 import http.client
 import socket
 from typing import Any
@@ -157,7 +158,10 @@ def test_a_proxy_is_believed_only_where_the_operator_names_it(monkeypatch, proxi
         monkeypatch.setenv("FORWARDED_ALLOW_IPS", proxies)
     given: dict[str, Any] = {}
     monkeypatch.setattr(uvicorn, "run", lambda app, **options: given.update(options))
-    _serve(None, Settings())
+    try:
+        _serve(None, Settings())
+    finally:
+        gc.unfreeze()
     assert given["proxy_headers"] is (proxies is not None)
     assert given["http"] is BoundedHttpProtocol
     assert "forwarded_allow_ips" not in given  # uvicorn reads the variable
