@@ -27,11 +27,13 @@ from probe.result import (
 )
 from server.store import SqlStore
 from server.wire import JobView
+from tests.server.jobs.locks import is_held
 
 FAKE_RANK = Path(__file__).with_name("fake_rank.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
 VOCAB = 50
 DEADLINE_S = 120.0  # far above what anything here needs; only a broken run waits so long
+NO_PROGRESS_S = 4.0  # a test of silence waits so long; a busy machine makes no sound rank so late
 
 
 def make_unit(index: int) -> Unit:
@@ -296,10 +298,19 @@ class Lab:
         return {pid: line for pid, line in self.processes().items() if pid not in workers}
 
     def freeze(self, pid: int) -> None:
-        """SIGSTOP, and wait until it is so."""
-        os.kill(pid, signal.SIGSTOP)
+        """SIGSTOP, and wait until it is so; not in the middle of a transaction."""
         state = Path(f"/proc/{pid}/stat")
-        self.until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T", "the stop")
+
+        def is_stopped() -> bool:
+            return state.read_text().rpartition(")")[2].split()[0] == "T"
+
+        os.kill(pid, signal.SIGSTOP)
+        self.until(is_stopped, "the stop")
+        while is_held(self.store.engine):
+            self.thaw(pid)
+            time.sleep(random.uniform(0.01, 0.1))
+            os.kill(pid, signal.SIGSTOP)
+            self.until(is_stopped, "the stop")
 
     def thaw(self, pid: int) -> None:
         os.kill(pid, signal.SIGCONT)
