@@ -12,7 +12,7 @@ from dbos._utils import retriable_postgres_exception
 
 from server import queue
 from server.tables import workers
-from tests.server.jobs.conftest import Lab
+from tests.server.jobs.conftest import DEADLINE_S, Lab
 from tests.server.jobs.test_takeover import SHORT, running_in, silent_s, wait_for_worker
 
 
@@ -88,13 +88,13 @@ def no_heartbeat_possible(lab):
 
 def job_of_a_ghost(lab):
     """A job whose worker does not exist: a worker that is entitled to judge takes it."""
-    job_id = lab.submit(device="cpu")
+    job_id = lab.submit()  # to a queue whose workers are busy or not there, then to the judge's
     ws = queue.workflow_status_table(lab.store.engine)
     with lab.store.engine.begin() as connection:
         connection.execute(
             sa.update(ws)
             .where(ws.c.workflow_uuid == job_id)
-            .values(status="PENDING", executor_id="ghost", owner_xid="t")
+            .values(status="PENDING", executor_id="ghost", owner_xid="t", queue_name="cpu")
         )
     return job_id
 
@@ -128,7 +128,7 @@ def test_a_start_without_a_database_ends_in_one_sentence(tmp_path, module):
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=DEADLINE_S,
         check=False,
     )
     assert ran.returncode == 1
