@@ -3,7 +3,8 @@
 `spec["acts"]` maps a unit id to a list with one entry per try, the last one repeated:
 `ok` (default), `hold` (wait until the file `release` is there), `error` (retryable), `fatal`
 (not retryable), `exit` (end without a word), `silent` (never answer), `stubborn` (nor heed
-SIGTERM), `nonsense` (not a result), `pause` (take a moment, for the chaos run).
+SIGTERM), `stopped` (by SIGSTOP), `nonsense` (not a result), `pause` (take a moment, for the
+chaos run).
 Every step is added to `spec["journal"]`, a file that outlives every process. A job that came
 through the HTTP server has no such keys: its labels name the journal and a file with the result,
 and every try is a `pause`.
@@ -80,6 +81,9 @@ def measure(spec: dict, unit: dict, eta_init: dict | None, send, connection) -> 
         note(journal, "deaf", unit_id)
         while True:
             signal.pause()
+    elif act == "stopped":
+        note(journal, "deaf", unit_id)
+        os.kill(os.getpid(), signal.SIGSTOP)
     elif act == "nonsense":
         send({"type": "result", "unit_id": unit_id, "result": {"unit": unit}})
         return

@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from tests.server.conftest import on_sqlite_only
+from tests.server.jobs.conftest import DEADLINE_S, NO_PROGRESS_S
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
@@ -36,7 +37,7 @@ def test_another_worker_goes_on_with_the_job_of_one_that_is_gone(lab, end):
     lab.until(lambda: any(w.name == "second" for w in lab.store.list_workers()), "the second")
     assert lab.journal(job_id, "start") == [0, 1]  # not taken from a living worker
     first.send_signal(end)
-    first.wait(30)
+    first.wait(DEADLINE_S)
     lab.until_started(job_id, 1, times=2)
     lab.release(job_id)
     lab.assert_whole(job_id, starts=[0, 1, 1, 2])
@@ -83,11 +84,10 @@ def test_kill_9_of_the_rank(lab):
 
 
 def test_a_rank_that_is_stopped_is_ended_and_its_unit_tried_again(lab):
-    job_id = lab.submit({1: ["hold", "ok"]})
-    lab.start_worker(unit_no_progress_s=1)
-    lab.until_started(job_id, 1)
+    job_id = lab.submit({1: ["stopped", "ok"]})  # it stops itself: we might come too late
+    lab.start_worker(unit_no_progress_s=NO_PROGRESS_S)
+    lab.until_deaf(job_id, 1)
     rank = lab.rank_pid(job_id)
-    lab.freeze(rank)
     lab.assert_whole(job_id, starts=[0, 1, 1, 2])
     retrying = [e for e in lab.store.events_after(job_id, 0) if e.type == "unit.retrying"]
     assert [event.data["code"] for event in retrying] == ["unit_stalled"]
@@ -165,7 +165,7 @@ def test_kill_9_of_a_server_while_it_takes_jobs(lab, make_plan):
             if last >= answered + 20:
                 break
         os.kill(server.pid, signal.SIGKILL)
-        server.wait(30)
+        server.wait(DEADLINE_S)
         server.stdout.close()
         answered = last
     # Every job that was answered is there once, is on the queue and has its first event.

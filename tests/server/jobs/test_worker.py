@@ -11,6 +11,7 @@ import pytest
 
 from server.worker.processes import marked_processes
 from tests.server.conftest import on_sqlite_only
+from tests.server.jobs.conftest import DEADLINE_S, NO_PROGRESS_S
 
 # Unit k of the fake rank has eta_c = 2 * (hint from unit k - 1), the first one 2 * 1.0.
 EXPECTED_ETA_C = [2.0, 4.0, 8.0]
@@ -86,7 +87,7 @@ def test_an_error_no_retry_can_help_fails_at_once_and_the_next_job_runs(lab):
 @on_sqlite_only
 def test_a_silent_rank_is_ended_and_its_unit_tried_again(lab):
     job_id = lab.submit({1: ["silent", "ok"]})
-    lab.start_worker(unit_no_progress_s=0.3)
+    lab.start_worker(unit_no_progress_s=NO_PROGRESS_S)
     assert lab.until_status(job_id, "succeeded", "failed").status == "succeeded"
     assert lab.journal(job_id, "start") == [0, 1, 1, 2]
     assert eta_c(lab, job_id) == EXPECTED_ETA_C
@@ -178,7 +179,7 @@ def test_a_stopped_worker_leaves_its_job_for_the_next_start(lab, stop, act):
     if act != "hold":
         lab.until_deaf(job_id, 1)
     stop(lab, worker, lab.rank_pid(job_id))
-    assert worker.wait(30) == 0, lab.output()
+    assert worker.wait(DEADLINE_S) == 0, lab.output()
     assert lab.processes() == {}
     assert lab.job(job_id).status == "running"
     assert [view.alive for view in lab.store.list_workers()] == [False]
@@ -195,7 +196,7 @@ def test_two_workers_of_one_name_cannot_run(lab):
     lab.start_worker()
     lab.until(lab.store.list_workers, "the first worker")
     second = lab.start_worker()
-    assert second.wait(30) == 1
+    assert second.wait(DEADLINE_S) == 1
     assert "use --name" in lab.output()
 
 
