@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from server import queue, tables
 from server.tables import workers
+from tests.server.jobs.conftest import DEADLINE_S
 
 SHORT = {"heartbeat_s": 0.2, "worker_stale_s": 2.0}
 
@@ -134,14 +135,14 @@ def test_a_name_taken_over_elsewhere_ends_the_worker_that_had_it(lab):
     first = lab.start_worker("w", machine="-a", **SHORT)
     lab.until_started(job_id, 1)
     early = lab.start_worker("w", machine="-b", **SHORT)
-    assert early.wait(30) == 1  # the name is held
+    assert early.wait(DEADLINE_S) == 1  # the name is held
     assert f"process {first.pid}" in lab.output()
     lab.freeze(first.pid)
     lab.until(lambda: silent_s(lab, "w") > SHORT["worker_stale_s"], "the lease to run out")
     lab.start_worker("w", machine="-b", **SHORT)
     lab.until_started(job_id, 1, times=2)
     lab.thaw(first.pid)
-    assert first.wait(30) == 1
+    assert first.wait(DEADLINE_S) == 1
     assert "silent for longer than a lease lasts" in lab.output()
     lab.release(job_id)
     lab.assert_whole(job_id, starts=[0, 1, 1, 2])
@@ -152,7 +153,7 @@ def test_a_lock_left_behind_says_nothing_of_a_namesake_elsewhere(lab):
     moved = lab.start_worker("w", machine="-a", heartbeat_s=0.2)
     wait_for_worker(lab, "w")
     moved.terminate()
-    assert moved.wait(30) == 0
+    assert moved.wait(DEADLINE_S) == 0
     lab.start_worker("w", machine="-b", heartbeat_s=0.2)
     job_id = lab.submit({1: ["hold"]})
     lab.until_started(job_id, 1)
@@ -178,8 +179,8 @@ def next_beats(lab, name, number):
 
 def test_a_job_that_the_queue_has_lost_is_brought_back_by_a_new_start(lab):
     """The watchdog: ours by the database, unknown to the process, so nobody would take it."""
-    # Seldom looking at its queue, it does not take the job before the next statement.
-    lab.start_worker("w", heartbeat_s=0.2, queue_poll_s=3)
+    # Of another queue until the next statement, so that it is not taken before.
+    lab.start_worker("w", heartbeat_s=0.2, queues="cpu")
     wait_for_worker(lab, "w")
     pid = lab.store.list_workers()[0].pid
     job_id = lab.submit()
@@ -188,7 +189,12 @@ def test_a_job_that_the_queue_has_lost_is_brought_back_by_a_new_start(lab):
         connection.execute(
             sa.update(ws)
             .where(ws.c.workflow_uuid == job_id)
-            .values(status="PENDING", executor_id="w", owner_xid="of a task that died")
+            .values(
+                status="PENDING",
+                executor_id="w",
+                owner_xid="of a task that died",
+                queue_name="cpu",
+            )
         )
     lab.assert_whole(job_id, starts=[0, 1, 2])
     assert lab.store.list_workers()[0].pid == pid  # a new program in the same process
@@ -240,7 +246,7 @@ def test_contract_with_dbos_recovery_changes_only_running_rows_of_the_dead(lab):
         env=os.environ | {"PROBE_TEST_RUN": lab.mark},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=DEADLINE_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -274,7 +280,7 @@ def test_a_restarted_worker_needs_not_wait_for_its_own_lease(lab, signal_number)
     worker = lab.start_worker()
     lab.until_started(job_id, 0)
     worker.send_signal(signal_number)
-    worker.wait(30)
+    worker.wait(DEADLINE_S)
     with lab.store.engine.connect() as connection:
         stopped = connection.scalar(sa.select(workers.c.stopped))
     assert stopped == (signal_number == signal.SIGTERM)
