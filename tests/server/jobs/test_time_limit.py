@@ -24,7 +24,7 @@ def test_a_limit_that_passes_in_the_middle_of_a_unit_ends_the_gang_and_fails_the
     job_id, following = lab.submit(acts, time_limit_s=LIMIT_S), lab.submit()
     lab.start_worker(unit_max_attempts=5)
     lab.until_started(job_id, 0)
-    started_ago(lab.store, job_id, LIMIT_S - 2)
+    started_ago(lab.store, job_id, LIMIT_S - 5)  # time for unit 1 to start
     lab.release(job_id)
     view = lab.until_status(job_id, "failed")
     assert view.error.code == "time_limit_exceeded"
