@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+GATE_S = 240  # of a body that nobody asks for
+
 
 @dataclass
 class Served:
@@ -39,7 +41,7 @@ class Server:
         self.files[path] = Served(content, **options)  # type: ignore[arg-type]
         return f"{self.url}{path}"
 
-    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 20) -> None:
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 60) -> None:
         """Until a condition on `requests` holds."""
         with self.arrived:
             assert self.arrived.wait_for(condition, timeout_s), self.requests
@@ -124,7 +126,7 @@ def _answer(handler: BaseHTTPRequestHandler, file: Served | None) -> None:
     handler.end_headers()
     if file.gate is not None:
         handler.wfile.flush()
-        file.gate.wait(30)
+        file.gate.wait(GATE_S)
     if file.cut_after:
         body = body[: file.cut_after.pop(0)]
         handler.close_connection = True
