@@ -355,7 +355,7 @@ def on_two_ranks(spec, unit, directory):
     ]
     try:
         for rank in ranks:
-            output, _ = rank.communicate(timeout=120)
+            output, _ = rank.communicate(timeout=240)
             assert rank.returncode == 0, output
     finally:
         for rank in ranks:

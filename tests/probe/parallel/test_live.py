@@ -19,11 +19,12 @@ from probe import critical_sharpness
 from probe.errors import ParallelismError
 from probe.parallel.zero_partitions import Partition, _check
 
-pytestmark = pytest.mark.distributed
+# The first test of a kind waits for what all of them read.
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[3]
 RANKS = Path(__file__).with_name("live_ranks.py")
-TIMEOUT_S = 150
+TIMEOUT_S = 400
 LEARNING_RATE = 1e-2  # of the first group, which eta stands for
 FSDP2_CASES = ["float32", "bfloat16", "tied", "resharded", "kept gathered", "hybrid", "offloaded"]
 ZERO_CASES = [
