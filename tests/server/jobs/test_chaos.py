@@ -4,11 +4,11 @@ import re
 
 import pytest
 
-from tests.server.jobs.chaos import Chaos, is_clean
+from tests.server.jobs.chaos import LONGEST_RUN_S, Chaos, is_clean
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(LONGEST_RUN_S + 100)  # the run gives itself up before, and says why
 def test_nothing_is_lost_or_done_twice_whatever_is_killed(lab, request):
     postgres = request.getfixturevalue("postgres") if "postgres" in lab.database_url else None
     line = Chaos(lab, seed=2, postgres=postgres, pause_s=0.2).run(num_jobs=4)
