@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +57,10 @@ class RayCluster:
 
     def close(self) -> None:
         self._process.communicate(timeout=60)
-        assert self._processes() == []
+        deadline = time.monotonic() + 60
+        while left := self._processes():  # some notice only by and by that theirs is gone
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")
