@@ -28,7 +28,11 @@ class RayCluster:
 
     def __init__(self) -> None:
         self.mark = uuid.uuid4().hex
-        marked = {"PROBE_TEST_CLUSTER": self.mark, "RAY_USAGE_STATS_ENABLED": "0"}
+        marked = {
+            "PROBE_TEST_CLUSTER": self.mark,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # of 15 and beside another busy process, nothing moves
+        }
         self._process = subprocess.Popen(
             [sys.executable, str(CLUSTER)],
             stdin=subprocess.PIPE,
