@@ -349,8 +349,9 @@ class SqlStore:
 
     def list_workers(self) -> list[WorkerView]:
         query = sa.select(workers, self._now.label("now"))
+        newest_first = (workers.c.last_heartbeat.desc(), workers.c.name)
         with self.engine.connect() as connection:
-            rows = connection.execute(query.order_by(workers.c.last_heartbeat.desc())).all()
+            rows = connection.execute(query.order_by(*newest_first)).all()
         return [
             WorkerView.model_validate(
                 row.view
@@ -374,11 +375,13 @@ class SqlStore:
 
 def _count_event(now: sa.ColumnElement[int]) -> tuple[Any, Any]:
     """Takes the next event id of an open job; the second one closes it, too. Made once."""
-    count = (
+    one = (
         sa.update(jobs)
         .where(jobs.c.id == sa.bindparam("event_job"), jobs.c.end_event.is_(None))
         .values(num_events=jobs.c.num_events + 1)
-        .returning(jobs.c.num_events, now.label("at"), jobs.c.webhook)
     )
+    count = one.returning(jobs.c.num_events, now.label("at"), jobs.c.webhook)
     event_type: sa.BindParameter[str] = sa.bindparam("event_type")
-    return count, count.values(end_event=event_type, ended_at=now, **UNIT_TOTALS)
+    ends = one.values(end_event=event_type, ended_at=now, **UNIT_TOTALS)
+    # Not the clock again: Postgres's goes on within a statement.
+    return count, ends.returning(jobs.c.num_events, jobs.c.ended_at.label("at"), jobs.c.webhook)

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
+from server import queue
 from server.store import SqlStore
 from tests.server.postgres import Postgres, missing
 
@@ -47,3 +49,9 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 # For a test that is not about the database, and slow.
 on_sqlite_only = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+
+
+def dice_for_a_clock(engine: sa.Engine) -> sa.ColumnElement[int]:
+    """A clock of the database no two readings of which are alike, also within a statement."""
+    dice = "ABS(random() % 1000000000)" if queue.is_sqlite(engine) else "random() * 1e9"
+    return sa.literal_column(f"CAST({dice} AS BIGINT)", sa.BigInteger)

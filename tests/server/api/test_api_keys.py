@@ -13,7 +13,6 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
 from probe.errors import ConfigError
-from server import queue
 from server.api.app import create_app
 from server.api.callers import CACHE_S, Keyring, of_key
 from server.api.guard import ADMIN_PATHS
@@ -22,7 +21,7 @@ from server.settings import Settings
 from server.store import SqlStore
 from server.tables import api_keys
 from tests.server.conftest import database_url as database_url  # both kinds of database
-from tests.server.conftest import on_sqlite_only
+from tests.server.conftest import dice_for_a_clock, on_sqlite_only
 
 LOOPBACK = "http://127.0.0.1"
 DAY_MS = 86_400_000
@@ -48,8 +47,7 @@ def code_of(answer: Any) -> tuple[int, str]:
 
 
 def test_a_key_lasts_as_long_as_asked_however_the_clock_goes_on_meanwhile(store, table):
-    dice = "ABS(random() % 1000000000)" if queue.is_sqlite(store.engine) else "random() * 1e9"
-    table._now = sa.literal_column(f"CAST({dice} AS BIGINT)", sa.BigInteger)  # no reading is alike
+    table._now = dice_for_a_clock(store.engine)
     stored, _ = table.create("ci", "submit", expires_days=30)
     assert stored.expires_at - stored.created_at == 30 * DAY_MS
 

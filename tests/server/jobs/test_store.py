@@ -10,10 +10,13 @@ import sqlalchemy as sa
 from dbos._sys_db import WorkflowStatusString
 
 from server import migrations, queue, tables
+from server import store as store_module
 from server.errors import IdempotencyConflictError, StoreNotReadyError
 from server.job_ids import new_job_id
+from server.job_views import time_of
 from server.store import SqlStore
 from server.wire import JobError
+from tests.server.conftest import dice_for_a_clock
 
 
 @pytest.fixture
@@ -33,6 +36,18 @@ def set_dbos_status(store, job_id, status, **columns):
             .where(workflows.c.workflow_uuid == job_id)
             .values(status=status, **columns)
         )
+
+
+def test_a_job_has_ended_when_its_last_event_says(store, create, monkeypatch):
+    job_id = create()[0].id
+    of_dice = store_module._count_event(dice_for_a_clock(store.engine))[1]
+    monkeypatch.setattr(store, "_count_and_close", of_dice)
+    store.cancel_job(job_id)
+    last = store.events_after(job_id, 0)[-1]
+    assert last.type == "job.cancelled"
+    with store.engine.connect() as connection:
+        ended_at = connection.scalar(sa.select(tables.jobs.c.ended_at))
+    assert time_of(ended_at) == last.at
 
 
 def test_ids_sort_in_the_order_they_were_made():
