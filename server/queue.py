@@ -42,6 +42,15 @@ _POSTGRES_PATIENCE = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,  # ms
 }
+# A machine of ours that stops or vanishes in a transaction says nothing either, and its locks would
+# hold up everybody else: for ever, or for hours. Ours are short, so the server ends such a session.
+_POSTGRES_LIMITS = {
+    "idle_in_transaction_session_timeout": "30s",
+    "tcp_keepalives_idle": "15s",
+    "tcp_keepalives_interval": "5s",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "30s",
+}
 _STATUS: dict[str, JobStatus] = {
     "ENQUEUED": "queued",
     "DELAYED": "queued",
@@ -131,8 +140,18 @@ def again_if_lost(read: Callable[P, R]) -> Callable[P, R]:
 
 def _postgres_engine(url: sa.URL, **options: Any) -> sa.Engine:
     engine = sa.create_engine(url, connect_args=_POSTGRES_PATIENCE, **options)
+    sa.event.listen(engine, "connect", _set_up_postgres)
     sa.event.listen(engine, "handle_error", _count_as_disconnect)
     return engine
+
+
+def _set_up_postgres(connection: Any, _record: Any) -> None:
+    # Set here, not as startup options, which a pooler in between may refuse.
+    asked = ", ".join("set_config(%s, %s, false)" for _ in _POSTGRES_LIMITS)
+    values = [word for limit in _POSTGRES_LIMITS.items() for word in limit]
+    before, connection.autocommit = connection.autocommit, True
+    connection.execute(f"SELECT {asked}", values)
+    connection.autocommit = before
 
 
 def _count_as_disconnect(context: sa.ExceptionContext) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import sqlalchemy as sa
 
-from server import queue
+from server import queue, tables
 from server.store import SqlStore
 from tests.server.jobs.conftest import _plan as make_plan
 
@@ -85,3 +85,37 @@ def test_reads_are_in_no_transaction(postgres_url):
 def test_sqlite_reads_through_the_same_engine(tmp_path):
     engine = queue.create_engine(f"sqlite:///{tmp_path / 'probe.db'}")
     assert queue.reading_engine(engine) is engine
+
+
+@pytest.mark.postgres
+def test_locks_of_a_process_that_stopped_in_a_transaction_are_let_go(postgres_url, monkeypatch):
+    """Of a machine that went to sleep, or whose cable was pulled: Postgres would wait for ever."""
+    monkeypatch.setitem(queue._POSTGRES_LIMITS, "idle_in_transaction_session_timeout", "1s")
+    store = SqlStore(postgres_url)
+    job = store.create_job(plan=make_plan(), idempotency_key=None, body_sha256="0")[0]
+    rename = sa.update(tables.jobs).values(name="of the other")
+    asleep, awake = queue.create_engine(postgres_url), queue.create_engine(postgres_url)
+    with asleep.connect() as stopped:
+        stopped.execute(sa.update(tables.jobs).values(name="of the stopped one"))
+        with awake.begin() as connection:
+            connection.execute(sa.text("SET LOCAL lock_timeout = '60s'"))
+            connection.execute(rename)
+        with pytest.raises(sa.exc.DBAPIError) as caught:
+            stopped.execute(rename)
+        assert caught.value.connection_invalidated  # so that who wakes up tries again
+    assert store.get_job(job.id).name == "of the other"
+    for engine in (asleep, awake):
+        engine.dispose()
+    store.close()
+
+
+@pytest.mark.postgres
+def test_every_connection_asks_the_server_for_limits(postgres_url):
+    engine = queue.create_engine(postgres_url)
+    reading = queue.reading_engine(engine)
+    for each in (engine, reading):
+        with each.connect() as connection:
+            connection.rollback()
+            shown = connection.scalar(sa.text("SHOW idle_in_transaction_session_timeout"))
+            assert shown == "30s"
+        each.dispose()
