@@ -15,6 +15,21 @@ from server.tables import workers
 from tests.server.jobs.conftest import DEADLINE_S, Lab
 from tests.server.jobs.test_takeover import SHORT, running_in, silent_s, wait_for_worker
 
+STOPS_IN_A_TRANSACTION = """
+import os, signal, sys, time
+if "server.worker" in sys.orig_argv:
+    from server import queue
+    from server.store import SqlStore
+    def _append(self, connection, job_id, type, data):
+        event = original(self, connection, job_id, type, data)
+        if type == "unit.started" and data["index"] == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.5)  # a stop needs a moment to reach every thread
+        return event
+    original, SqlStore._append = SqlStore._append, _append
+    queue._POSTGRES_LIMITS["idle_in_transaction_session_timeout"] = "3s"
+"""
+
 
 @pytest.fixture
 def postgres_lab(tmp_path, postgres_url):
@@ -135,3 +150,22 @@ def test_a_start_without_a_database_ends_in_one_sentence(tmp_path, module):
     assert "the database does not answer" in ran.stderr
     assert "correct PROBE_DATABASE_URL" in ran.stderr
     assert not any(word in ran.stderr for word in ("Traceback", "hunter2", "alembic"))
+
+
+@pytest.mark.postgres
+def test_a_machine_that_stops_while_it_writes_keeps_no_lock(postgres_lab, tmp_path):
+    """Nobody could take its job before it woke up: its transaction held the job's row."""
+    lab = postgres_lab
+    job_id = lab.submit()
+    (tmp_path / "sitecustomize.py").write_text(STOPS_IN_A_TRANSACTION)
+    environment = {"PYTHONPATH": str(tmp_path)}
+    worker = lab.start_worker("stops", machine="-a", environment=environment, **SHORT)
+    state = Path(f"/proc/{worker.pid}/stat")
+    lab.until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T", "the stop")
+    lab.start_worker("goes-on", machine="-b", **SHORT)
+    lab.until_status(job_id, "succeeded")
+    assert running_in(lab, job_id) == "goes-on"
+    lab.thaw(worker.pid)
+    lab.assert_whole(job_id, starts=[0, 1, 2])
+    lab.until(lambda: any(w.name == "stops" and w.alive for w in lab.store.list_workers()), "it")
+    assert worker.poll() is None
