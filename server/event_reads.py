@@ -66,7 +66,7 @@ class EventReads:
         """By job: the id of its newest event, and the events after the one known.
 
         Args:
-            known: By job the id of the last event known; None: read none of them.
+            known: By job the id of the last event known; None: read the newest alone.
 
         Returns:
             Without the jobs that are not there. At most a thousand events of each.
@@ -79,8 +79,8 @@ class EventReads:
         with self._engine.connect() as connection:
             for job_id, newest in connection.execute(self._newest, {_IDS: ids}).all():
                 last = known[job_id]
-                has_news = last is not None and newest > last
-                new = self._read(connection, job_id, last, _LIMIT) if has_news else []
+                last = newest - 1 if last is None else last
+                new = self._read(connection, job_id, last, _LIMIT) if newest > last else []
                 found[job_id] = (newest, new)
         return found
 

@@ -262,6 +262,6 @@ def test_news_of_a_job_that_is_not_there_is_left_out(store):
     assert list(found) == [job_id]
     newest, events = found[job_id]
     assert (newest, [event.type for event in events]) == (1, ["job.queued"])
-    assert reads.news({job_id: None}) == {job_id: (1, [])}
+    assert reads.news({job_id: None}) == reads.news({job_id: 0})  # of one event, the newest
     assert reads.news({job_id: 1}) == {job_id: (1, [])}
     assert reads.news({}) == {}

@@ -1,5 +1,6 @@
 """The event stream: every event once, in order, also across a broken connection."""
 
+import asyncio
 import itertools
 import subprocess
 import sys
@@ -225,6 +226,17 @@ def test_a_reader_that_names_an_id_too_high_is_let_go_at_the_end(
         )  # the second knows the last
         end_job(submitted)
         assert parse(response.iter_lines()) == []
+
+
+def test_so_is_one_whose_job_ends_before_the_first_look(store, submitted, end_job):
+    end_job(submitted)
+    hub = event_hub.EventHub(store, poll_s=0.01)
+
+    async def sent():
+        async with asyncio.timeout(DEADLINE_S):
+            return [content async for content in hub.stream(submitted, 999, [])]
+
+    assert asyncio.run(sent()) == []
 
 
 def test_the_stream_of_a_job_that_is_removed_ends(served, store, submitted):
