@@ -140,15 +140,19 @@ def again_if_lost(read: Callable[P, R]) -> Callable[P, R]:
 
 def _postgres_engine(url: sa.URL, **options: Any) -> sa.Engine:
     engine = sa.create_engine(url, connect_args=_POSTGRES_PATIENCE, **options)
-    sa.event.listen(engine, "connect", _set_up_postgres)
+    own = str(url.query.get("options", ""))  # of the operator, which win
+    limits = {name: value for name, value in _POSTGRES_LIMITS.items() if name not in own}
+    sa.event.listen(engine, "connect", functools.partial(_set_up_postgres, limits))
     sa.event.listen(engine, "handle_error", _count_as_disconnect)
     return engine
 
 
-def _set_up_postgres(connection: Any, _record: Any) -> None:
+def _set_up_postgres(limits: dict[str, str], connection: Any, _record: Any) -> None:
+    if not limits:
+        return
     # Set here, not as startup options, which a pooler in between may refuse.
-    asked = ", ".join("set_config(%s, %s, false)" for _ in _POSTGRES_LIMITS)
-    values = [word for limit in _POSTGRES_LIMITS.items() for word in limit]
+    asked = ", ".join("set_config(%s, %s, false)" for _ in limits)
+    values = [word for limit in limits.items() for word in limit]
     before, connection.autocommit = connection.autocommit, True
     connection.execute(f"SELECT {asked}", values)
     connection.autocommit = before

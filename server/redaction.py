@@ -26,7 +26,8 @@ _FORMS = (
     (re.compile(r"(spk_[a-z0-9]{4,32}_)[A-Za-z0-9_-]{8,}"), rf"\1{_GONE}"),
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), _GONE),
     (
-        re.compile(r"([a-z][a-z0-9+.-]*://[^\s/:@'\"]*):[^\s/@'\"]+@", re.IGNORECASE),
+        # A scheme of bounded length: unbounded, a long word takes time that goes by its square.
+        re.compile(r"([a-z][a-z0-9+.-]{0,30}://[^\s/:@'\"]*):[^\s/@'\"]+@", re.IGNORECASE),
         rf"\1:{_GONE}@",
     ),
     (

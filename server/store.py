@@ -342,8 +342,9 @@ class SqlStore:
             .where(jobs.c.end_event.is_(None), self._workflows.c.status.in_(ended))
         )
         with self.engine.connect() as connection:
-            for job_id in connection.scalars(query).all():
-                self.settle(job_id)
+            left_open = connection.scalars(query).all()
+        for job_id in left_open:
+            self.settle(job_id)
 
     # --- workers
 

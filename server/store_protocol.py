@@ -94,7 +94,7 @@ class Store(Protocol):
     def news(self, known: Mapping[str, int | None]) -> dict[str, tuple[int, list[Event]]]:
         """By job the id of its newest event and those after the one known, for streams.
 
-        A job whose last known event is None has none read; one that is not there is left out.
+        Of a job whose last known event is None the newest alone; one that is not there is left out.
         """
 
     def notable_events(self, job_id: str, limit: int) -> tuple[list[Event], int]:

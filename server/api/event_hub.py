@@ -102,7 +102,7 @@ class EventHub:
                     seen = event.id
                     if event.closes:
                         return
-                news = feed.news  # before looking, so that none is missed
+                news, closed = feed.news, feed.closed  # before looking, so that none is missed
                 kept = feed.after(seen)
                 if kept is None:
                     events = await read(self._store.events_after, job_id, seen)
@@ -110,7 +110,7 @@ class EventHub:
                 else:
                     pending = kept
                 if not pending:
-                    if feed.closed:  # the reader named an id that the job never came to
+                    if closed:  # the reader named an id that the job never came to
                         return
                     await news.wait()
 

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from starlette.exceptions import HTTPException
 
 from probe.errors import (
@@ -108,7 +108,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(ProbeError, _probe_error)
-    app.add_exception_handler(OperationalError, _database_error)
+    app.add_exception_handler(DBAPIError, _database_error)
     app.add_exception_handler(Exception, _unexpected_error)
 
 
@@ -160,8 +160,13 @@ async def _probe_error(request: Request, error: Exception) -> JSONResponse:
     return ProblemError(status, error.code, str(error), headers=headers).response()
 
 
-async def _database_error(_request: Request, error: Exception) -> JSONResponse:
-    return database_problem(error).response()
+async def _database_error(request: Request, error: Exception) -> JSONResponse:
+    # A lost connection is not always one: Postgres ends a session that was idle too long in a
+    # transaction, as a machine's that slept is, with an InternalError.
+    lost = isinstance(error, DBAPIError) and error.connection_invalidated
+    if lost or isinstance(error, OperationalError | StoreNotReadyError):
+        return database_problem(error).response()
+    return await _unexpected_error(request, error)
 
 
 def database_problem(error: Exception) -> ProblemError:

@@ -307,6 +307,9 @@ def _tail(path: Path) -> str:
     """The end of a log, its secrets taken out before it is cut: half of one looks like none."""
     with path.open("rb") as log:
         log.seek(0, os.SEEK_END)
-        log.seek(max(0, log.tell() - _READ_BYTES))
-        text = redact(log.read().decode(errors="replace"))
-    return text[-_TAIL_LENGTH:].strip() or "(nothing)"
+        begin = max(0, log.tell() - _READ_BYTES)
+        log.seek(begin)
+        text = log.read().decode(errors="replace")
+    if begin > 0:
+        text = text.split(maxsplit=1)[-1]  # the first word may be half of one
+    return redact(text)[-_TAIL_LENGTH:].strip() or "(nothing)"

@@ -110,6 +110,33 @@ def test_locks_of_a_process_that_stopped_in_a_transaction_are_let_go(postgres_ur
 
 
 @pytest.mark.postgres
+def test_the_operator_s_own_limit_is_kept(postgres_url):
+    option = "-c idle_in_transaction_session_timeout=90s -c statement_timeout=80s"
+    url = sa.make_url(postgres_url).update_query_dict({"options": option})
+    engine = queue.create_engine(url.render_as_string(hide_password=False))
+    with engine.connect() as connection:
+        for name, value in (("idle_in_transaction_session", "90s"), ("statement", "80s")):
+            assert connection.scalar(sa.text(f"SHOW {name}_timeout")) == value
+    engine.dispose()
+
+
+@pytest.mark.postgres
+def test_settling_many_jobs_keeps_no_transaction_open_meanwhile(postgres_url, monkeypatch):
+    """With one open all the while, the limit ended it where that took long."""
+    store = SqlStore(postgres_url)
+    job = store.create_job(plan=make_plan(), idempotency_key=None, body_sha256="0")[0]
+    workflows = queue.workflow_status_table(store.engine)
+    with store.engine.begin() as connection:
+        connection.execute(sa.update(workflows).values(status="SUCCESS"))
+    in_use = []
+    monkeypatch.setattr(store, "settle", lambda _: in_use.append(store.engine.pool.checkedout()))
+    store.settle_all()
+    assert in_use == [0]
+    assert job.status == "queued"
+    store.close()
+
+
+@pytest.mark.postgres
 def test_every_connection_asks_the_server_for_limits(postgres_url):
     engine = queue.create_engine(postgres_url)
     reading = queue.reading_engine(engine)

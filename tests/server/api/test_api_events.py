@@ -239,6 +239,47 @@ def test_so_is_one_whose_job_ends_before_the_first_look(store, submitted, end_jo
     assert asyncio.run(sent()) == []
 
 
+def test_the_last_event_is_sent_where_the_first_look_finds_it_before_the_stream_does(
+    store, submitted, end_job, monkeypatch
+):
+    """The stream read for itself, found nothing new, and was told that all is known meanwhile."""
+    real_after, real_news = store.events_after, store.news
+    has_read, has_looked = threading.Event(), threading.Event()
+
+    def after(*args):
+        found = real_after(*args)
+        has_read.set()
+        assert has_looked.wait(DEADLINE_S)
+        return found
+
+    def news(known):
+        assert has_read.wait(DEADLINE_S)
+        if not has_looked.is_set():
+            end_job(submitted)
+        found = real_news(known)
+        asyncio.get_running_loop().call_later(0.1, has_looked.set)  # once the feed knows
+        return found
+
+    async def read(call, *args):  # as the server's, a thread for each
+        if call is not news:
+            return await asyncio.to_thread(call, *args)
+        assert await asyncio.to_thread(has_read.wait, DEADLINE_S)
+        return news(*args)
+
+    monkeypatch.setattr(store, "events_after", after)
+    monkeypatch.setattr(store, "news", news)
+    monkeypatch.setattr(event_hub, "read", read)
+    first = real_after(submitted, 0)
+    hub = event_hub.EventHub(store, poll_s=0.01)
+
+    async def sent():
+        async with asyncio.timeout(DEADLINE_S):
+            parts = [content async for content in hub.stream(submitted, 0, first)]
+        return parse(b"".join(parts).decode().splitlines())
+
+    assert asyncio.run(sent()) == [(1, "job.queued"), (2, "job.succeeded")]
+
+
 def test_the_stream_of_a_job_that_is_removed_ends(served, store, submitted):
     with httpx.stream("GET", f"{served}/v1/jobs/{submitted}/events", timeout=DEADLINE_S) as answer:
         lines = answer.iter_lines()

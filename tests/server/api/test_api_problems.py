@@ -4,7 +4,7 @@ import json
 
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InternalError, OperationalError
 
 from server.api.app import create_app
 from server.errors import StoreNotReadyError
@@ -167,6 +167,8 @@ def test_secrets_stay_in_the_log(settings, store, monkeypatch, caplog):
     [
         StoreNotReadyError("postgresql://me:hunter2@db"),
         OperationalError("select 1", {}, Exception("hunter2")),
+        # of a session that Postgres ended, idle in a transaction for too long
+        InternalError("select 1", {}, Exception("hunter2"), connection_invalidated=True),
     ],
 )
 def test_a_database_that_is_away_is_503_without_its_address(client, store, monkeypatch, error):
@@ -181,6 +183,18 @@ def test_a_database_that_is_away_is_503_without_its_address(client, store, monke
         assert answer.headers["retry-after"]
         assert "hunter2" not in answer.text
     assert client.get("/healthz").status_code == 200
+
+
+def test_another_error_of_the_database_is_none_to_repeat(settings, store, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise InternalError("select 1", {}, Exception("hunter2"))
+
+    monkeypatch.setattr(store, "list_jobs_json", fail)
+    app = create_app(settings, store)
+    client = TestClient(app, "http://127.0.0.1", raise_server_exceptions=False)
+    answer = client.get("/v1/jobs")
+    assert_problem(answer, 500, "internal_error")
+    assert "hunter2" not in answer.text
 
 
 def test_presets_are_for_files_and_refused_over_http(client, spec):

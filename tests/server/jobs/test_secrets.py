@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import urllib.request
@@ -122,6 +123,22 @@ def test_a_secret_that_the_end_of_a_log_begins_in_is_not_half_told(tmp_path):
     found = gang._tail(log)
     assert found.endswith(told)
     assert CANARY not in found
+
+
+def test_a_secret_that_what_is_read_of_a_log_begins_in_is_not_half_told(tmp_path, monkeypatch):
+    """Where redaction leaves so little of it that all is told."""
+    monkeypatch.setattr(redaction, "_known", re.compile(CANARY * 99))
+    lines = f"{CANARY * 99}\n" * (gang._READ_BYTES // 99 // len(CANARY) + 9)
+    (tmp_path / "log").write_text(lines + "the end")
+    found = gang._tail(tmp_path / "log")
+    assert found.endswith("the end")
+    assert CANARY not in found
+
+
+def test_a_long_word_takes_no_longer_than_its_length():
+    """The forms of addresses took its square: hours for this one, and held every thread up."""
+    word = "0123456789abcdef" * 30_000
+    assert redact(word) == word
 
 
 @pytest.mark.parametrize(
