@@ -311,5 +311,5 @@ def _tail(path: Path) -> str:
         log.seek(begin)
         text = log.read().decode(errors="replace")
     if begin > 0:
-        text = text.split(maxsplit=1)[-1]  # the first word may be half of one
+        text = (text.split(maxsplit=1) or [""])[-1]  # the first word may be half of one
     return redact(text)[-_TAIL_LENGTH:].strip() or "(nothing)"

@@ -135,6 +135,11 @@ def test_a_secret_that_what_is_read_of_a_log_begins_in_is_not_half_told(tmp_path
     assert CANARY not in found
 
 
+def test_a_log_that_ends_in_nothing_but_space_says_so(tmp_path):
+    (tmp_path / "log").write_text("begin" + "\n" * (gang._READ_BYTES + 9))
+    assert gang._tail(tmp_path / "log") == "(nothing)"
+
+
 def test_a_long_word_takes_no_longer_than_its_length():
     """The forms of addresses took its square: hours for this one, and held every thread up."""
     word = "0123456789abcdef" * 30_000
