@@ -215,10 +215,14 @@ def test_prometheus_itself_is_well_and_scrapes_all_of_them(
     assert {("cpu", "succeeded"), ("gpu", "queued")} <= {
         (one["metric"]["queue"], one["metric"]["status"]) for one in found
     }
-    told = ask("query?query=probe_worker_jobs")["result"]
-    by = sorted((one["metric"]["job"], one["metric"]["worker"]) for one in told)
     jobs, names = ("probe-server", "probe-worker"), ("cpu-0", "gpu-0")
-    assert by == [(job, name) for job in jobs for name in names]  # both tell of every worker
+
+    def both_tell_of_every_worker() -> bool:  # a target is up a moment before its samples are there
+        told = [one["metric"] for one in ask("query?query=probe_worker_jobs")["result"]]
+        by = sorted((one["job"], one["worker"]) for one in told)
+        return by == [(job, name) for job in jobs for name in names]
+
+    running.until("prometheus", both_tell_of_every_worker)
     process.terminate()
     assert process.wait(30) == 0
 
